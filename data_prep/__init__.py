@@ -1,0 +1,1 @@
+"""Jobs that turn source data into Arrow shards (installed as lavin_ds.data_prep)."""

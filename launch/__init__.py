@@ -1,0 +1,1 @@
+"""What `deepspeed` starts (installed as lavin_ds.launch)."""

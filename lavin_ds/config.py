@@ -1,0 +1,256 @@
+"""The run configuration: immutable data, checked when it is read.
+
+A recipe is one flat YAML file that states everything a run depends on, except where its inputs lie.
+`load_recipe` reads it, applies `key=value` overrides, and refuses unknown keys and contradictions by name.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lavin_ds.errors import UserError
+
+AdapterKind = Literal["none", "mm", "rep", "bottleneck"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RopeScaling(Section):
+    """LLaMA-3.1's frequency scaling; the field names are those of Hugging Face's `rope_scaling`."""
+
+    factor: float = Field(8.0, gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_position_embeddings: int = Field(8192, gt=0)
+
+
+class LlamaConfig(Section):
+    """Shape of a LLaMA. Widths in features, `ffn_dim` after Meta's rounding."""
+
+    dim: int = Positive
+    n_layers: int = Positive
+    n_heads: int = Positive
+    n_kv_heads: int | None = None  # None: as many as n_heads (multi-head attention)
+    ffn_dim: int = Positive
+    vocab_size: int = Positive
+    norm_eps: float = Field(1e-6, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even head width")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
+        return self
+
+
+class VisionConfig(Section):
+    """Shape of a CLIP vision transformer, and which blocks hand their [cls] token to the LLM."""
+
+    width: int = Positive
+    layers: int = Positive
+    heads: int = Positive
+    patch_size: int = Positive
+    image_size: int = Positive
+    mlp_ratio: float = Field(4.0, gt=0)
+    quick_gelu: bool = True  # OpenAI's weights need it; most of open_clip's do not
+    cls_every: int = Field(4, gt=0)  # "the [cls] tokens from every fourth layer" (paper 1, section 3.2)
+
+    @property
+    def visual_tokens(self) -> int:
+        """P, the number of visual tokens an image becomes."""
+        return self.layers // self.cls_every
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.visual_tokens == 0:
+            raise ValueError(f"layers {self.layers} below cls_every {self.cls_every} leave no visual token")
+        return self
+
+
+class AdapterConfig(Section):
+    """One adapter design and where in every block it sits. See models/adapters.py for the equations."""
+
+    kind: AdapterKind = "none"
+    dim: int = Field(8, gt=0)
+    groups: int = Field(2, gt=0)
+    scale: float = 1.0
+    dropout: float = Field(0.1, ge=0, lt=1)
+    temperature: float = Field(10.0, gt=0)
+    before: tuple[Literal["attention", "ffn"], ...] = ("attention",)
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.dim % self.groups:
+            raise ValueError(f"adapter dim {self.dim} must be a multiple of groups {self.groups}")
+        return self
+
+
+class ModelConfig(Section):
+    llm: LlamaConfig
+    vision: VisionConfig | None = None  # None: a text-only run, every sample is read as text
+    llm_adapter: AdapterConfig = AdapterConfig()
+    vision_adapter: AdapterConfig = AdapterConfig()
+    neck_dim: int = Field(128, gt=0)  # d_h of eq. 6
+    frozen_dtype: Dtype = "bf16"
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.vision.visual_tokens if self.vision else 0
+
+
+class DataConfig(Section):
+    prompt_format: str = "QCM-ALE"
+    captions: bool = False
+    max_length: int = Field(512, gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
+    overlength: Literal["error", "drop", "shorten"] = "shorten"
+    image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
+
+
+class TrainingConfig(Section):
+    """Optimisation (paper 1, section 4.2; reference.md, section 6)."""
+
+    epochs: float = Field(20, gt=0)
+    warmup_epochs: float = Field(2, ge=0)
+    global_batch: int = Field(32, gt=0)
+    micro_batch: int = Field(4, gt=0)
+    peak_lr: float = Field(1.125e-3, gt=0)  # the paper's 9e-3 is the base rate per 256 samples
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+    activation_checkpointing: bool = False
+    checkpoint_every: int = Field(200, gt=0)  # optimizer steps
+    keep_checkpoints: int = Field(2, gt=0)
+
+
+class RunConfig(Section):
+    name: str
+    source: str = ""  # the paper and table this recipe reproduces
+    compat: Literal["lavin-official"] | None = None
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    tensor_parallel: int = Field(1, gt=0)
+    deepspeed: str = "zero2"  # a name in ds_configs/ or a file
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        tp, llm = self.tensor_parallel, self.model.llm
+        for name, size in [
+            ("n_heads", llm.n_heads),
+            ("n_kv_heads", llm.kv_heads),
+            ("ffn_dim", llm.ffn_dim),
+            ("vocab_size", llm.vocab_size),
+        ]:
+            if size % tp:
+                raise ValueError(f"model.llm.{name} {size} cannot be split over tensor_parallel {tp}")
+        if self.training.warmup_epochs >= self.training.epochs:
+            raise ValueError(
+                f"training.warmup_epochs {self.training.warmup_epochs} must be below epochs {self.training.epochs}"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in files("lavin_ds.recipes").iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
+    """Reads a shipped recipe by name, or a YAML file, and applies dotted `key=value` overrides in order.
+
+    Raises:
+        UserError: the recipe does not exist, is not YAML, or a key or value in it or in an override is refused.
+    """
+    path = Path(name_or_file)
+    if name_or_file in recipe_names():
+        text = (files("lavin_ds.recipes") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"No recipe '{name_or_file}': give a YAML file that exists or one of {', '.join(recipe_names())}."
+        )
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"Recipe {name_or_file} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"Recipe {name_or_file} holds no keys: it must be a YAML mapping.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, where=f"recipe {name_or_file}")
+
+
+def parse_config(raw: dict, where: str) -> RunConfig:
+    """Validates a mapping; `where` names its origin in the error."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from None
+
+
+def _apply_override(raw: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"Override '{override}' must read key=value, for example training.epochs=3.")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"Override '{override}': {parent} is a value, not a section, so it has no key {last}.")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"Override '{override}': '{value}' is not a YAML value.") from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One line a problem: the dotted key, what is wrong, and for an unknown key the ones that exist."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            lines.append(f"unknown key {key}; known there: {', '.join(known)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}" if key else message)
+    return f"In {where}: " + "; ".join(lines) + "."
+
+
+def _known_keys(path: tuple) -> list[str]:
+    model = RunConfig
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Recipes: one flat, complete YAML file a run."""
