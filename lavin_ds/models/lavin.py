@@ -1,0 +1,128 @@
+"""LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
+
+Dimensions: B samples, T tokens, D model width, P visual tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import nn
+
+from lavin_ds.config import ModelConfig
+from lavin_ds.data.collate import Batch
+from lavin_ds.data.layout import IGNORE
+from lavin_ds.models.adapters import KINDS, TRAINABLE, ModalityEmbedding, VisualNeck
+from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.models.vision import VisionTower
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Lavin(nn.Module):
+    """Z = [t_m, X', Y] for text and image, [t_m, Y] for text only (paper 1, eq. 7), through the LLM.
+
+    Built with its frozen weights uninitialised (lavin_ds.weights loads them) and its trainable ones absent
+    of values until `reset_trainable` or a load.
+    """
+
+    def __init__(self, config: ModelConfig, compat: bool = False, activation_checkpointing: bool = False):
+        super().__init__()
+        self.config = config
+        self.compat = compat
+        dtype = DTYPES[config.frozen_dtype]
+        llm, vision = config.llm, config.vision
+        self.llm = Llama(llm, config.llm_adapter, dtype, activation_checkpointing)
+        self.vision = self.neck = self.modality = None
+        if vision:
+            self.vision = VisionTower(vision, config.vision_adapter, dtype, activation_checkpointing, compat)
+            self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
+        if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].routed:
+            self.modality = ModalityEmbedding(llm.dim)
+        trainable = set(map(id, self.trainable().values()))
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name: those that an adapter, the neck or E_m owns, and no other."""
+        return {
+            f"{owner}.{name}": parameter
+            for owner, module in self.named_modules()
+            if isinstance(module, TRAINABLE)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def reset_trainable(self, seed: int) -> None:
+        """Initialises every trainable module from (seed, its name), so that no order of building matters."""
+        for owner, module in self.named_modules():
+            if isinstance(module, TRAINABLE):
+                with torch.no_grad():
+                    module.reset(torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(owner.encode())))
+
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token embeddings [B, T, D] with the visual tokens in their places, and the modality [B] (1: image)."""
+        x_BTD = self.llm.embed(batch.ids_BT)
+        if self.vision is None:
+            return x_BTD, torch.zeros_like(batch.image_B)
+        has_image_B = batch.image_B >= 0
+        # A batch without images goes through here too, with no rows: on every rank every trainable module
+        # takes part in every step, or ZeRO's collectives would wait for it for ever.
+        visual_BPD = self.neck(self._cls_tokens(batch, has_image_B)).to(x_BTD.dtype)
+        start = batch.visual_start or 0
+        x_BTD = x_BTD.clone()
+        x_BTD[has_image_B, start : start + visual_BPD.shape[1]] = visual_BPD
+        return x_BTD, has_image_B.long()
+
+    def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
+        """[cls] tokens of the samples with an image, [samples with an image, P, vision width]."""
+        images = batch.images
+        if images is None:
+            size = self.config.vision.image_size
+            images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=batch.ids_BT.device)
+        if self.compat:
+            # The authors send a zero image of every text-only sample through the ViT, where it may route others.
+            pixels = self.vision.pixels(images)
+            everyone = pixels.new_zeros(len(has_image_B), *pixels.shape[1:])
+            everyone[has_image_B] = pixels[batch.image_B[has_image_B]]
+            return self.vision(everyone)[has_image_B]
+        return self.vision(images)[batch.image_B[has_image_B]]
+
+    def hidden(
+        self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D] before the output projection."""
+        x_BTD, modality_B = self.embed(batch)
+        return self._through_llm(x_BTD, modality_B, positions, cache)
+
+    def _through_llm(self, x_BTD, modality_B, positions=None, cache=None):
+        modality_MD = self.modality() if self.modality is not None else None
+        return self.llm(x_BTD, modality_MD, modality_B, positions, cache)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Sum of the labelled tokens' cross-entropies (fp32 scalar), and how many there are (paper 1, eq. 5)."""
+        h_BTD = self.hidden(batch)
+        labelled_BT = batch.labels_BT[:, 1:] != IGNORE  # position i - 1 predicts token i
+        target_N = batch.labels_BT[:, 1:][labelled_BT]
+        return self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
+
+    def prefill(self, batch: Batch, new_tokens: int) -> tuple[torch.Tensor, KVCache, torch.Tensor]:
+        """Reads right-padded prompts; returns logits [B, V] of each one's next token, the cache with room for
+        `new_tokens` more, and the modality [B]."""
+        T = batch.ids_BT.shape[1]
+        cache = KVCache(T + new_tokens, batch.lengths_B)
+        positions = None
+        if self.compat:
+            # Tokens behind the batch's shortest prompt stand one RoPE position too early (reference.md, section 7).
+            index_T = torch.arange(T, device=batch.ids_BT.device)
+            positions = index_T + (index_T < batch.lengths_B.min()).long()
+        x_BTD, modality_B = self.embed(batch)
+        h_BTD = self._through_llm(x_BTD, modality_B, positions, cache)
+        last_BD = h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), batch.lengths_B - 1]
+        return self.llm.logits(last_BD), cache, modality_B
+
+    def decode(self, ids_B: torch.Tensor, cache: KVCache, modality_B: torch.Tensor) -> torch.Tensor:
+        """Reads one more token a sample; returns the logits [B, V] of the next."""
+        positions = cache.length_B[:, None] if self.compat else None
+        h_BTD = self._through_llm(self.llm.embed(ids_B[:, None]), modality_B, positions, cache)
+        return self.llm.logits(h_BTD[:, 0])

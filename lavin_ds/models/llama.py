@@ -1,0 +1,297 @@
+"""LLaMA with fairscale's tensor-parallel layers, for training and for cached decoding.
+
+Dimensions: B batch, T tokens, M routing tokens (2 modality tokens, or 0), N = M + B*T rows, D model width,
+H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, L layers. Inside a
+tensor-parallel rank H, G, F and V are that rank's share.
+
+The modality tokens. The paper puts t_m in front of every sample, but it attends to itself alone and nothing
+attends to it (reference.md, section 3): its path through the layers depends on the modality only. So the two
+modality tokens travel once per forward, as the first M rows of x_ND, instead of once per sample, the rest is
+plainly causal and needs no mask, and every layer routes all samples by the same two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
+from lavin_ds.models.adapters import build_adapters
+from lavin_ds.parallel import tensor_parallel_size
+
+LOSS_CHUNK = 1024  # labelled rows whose logits exist at a time: 1024 * 32000 * 4 bytes = 131 MB
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """fairscale's layers take their dtype from torch's default alone."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    return weight  # frozen weights are always loaded; drawing numbers first would cost minutes
+
+
+def _column(inputs: int, outputs: int) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised
+    )
+
+
+def _row(inputs: int, outputs: int) -> RowParallelLinear:
+    return RowParallelLinear(
+        inputs, outputs, bias=False, input_is_parallel=True, init_method=_leave_uninitialised
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the N rows of x_ND are made up, and which routing token each of them follows."""
+
+    modalities: int  # M
+    batch: int  # B
+    length: int  # T
+    owner_N: torch.Tensor | None  # [N] index into the first M rows; None when M is 0
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [..., T, K/2] in fp32 of integer positions [..., T] (RoPE, with LLaMA-3.1's scaling)."""
+    even_K = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-even_K / config.head_dim)
+    if config.rope_scaling:
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Slow waves are divided by `factor`, fast ones kept, those between interpolated (LLaMA 3.1)."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring pairs of features (Meta's interleaved layout), in fp32.
+
+    cos, sin: [T, K/2] when all samples share positions, else [B, T, K/2].
+    """
+    pairs = x_BTHK.float().unflatten(-1, (-1, 2))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [..., T, 1, K/2]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHK.dtype)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of right-padded samples: sample b holds `length_B[b]` tokens, then room to grow."""
+
+    capacity: int  # tokens a sample can hold
+    length_B: torch.Tensor  # [B] tokens held
+    keys: list[torch.Tensor] = field(default_factory=list)  # L of [B, G, capacity, K]
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def append_prompt(self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor) -> None:
+        """Opens the next layer's cache with the prompt's keys and values (padding included)."""
+        room = (0, 0, 0, self.capacity - k_BTGK.shape[1])
+        self.keys.append(F.pad(k_BTGK.transpose(1, 2), room))
+        self.values.append(F.pad(v_BTGK.transpose(1, 2), room))
+
+    def append_token(self, layer: int, k_BGK: torch.Tensor, v_BGK: torch.Tensor) -> None:
+        """Writes one token a sample behind its own last one, over the padding."""
+        sample_B = torch.arange(len(self.length_B), device=self.length_B.device)
+        self.keys[layer][sample_B, :, self.length_B] = k_BGK
+        self.values[layer][sample_B, :, self.length_B] = v_BGK
+
+    def visible(self) -> torch.Tensor:
+        """[B, 1, 1, capacity]: the slots that the token being decoded may see, itself included."""
+        slot = torch.arange(self.capacity, device=self.length_B.device)
+        return (slot <= self.length_B[:, None])[:, None, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.groups = config.n_heads // config.kv_heads  # query heads that share one key/value head
+        self.wq = _column(config.dim, config.n_heads * config.head_dim)
+        self.wk = _column(config.dim, config.kv_heads * config.head_dim)
+        self.wv = _column(config.dim, config.kv_heads * config.head_dim)
+        self.wo = _row(config.n_heads * config.head_dim, config.dim)
+
+    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0):
+        q_NHK, k_NGK, v_NGK = (
+            projection(x_ND).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv)
+        )
+        M, shape = rows.modalities, (rows.batch, rows.length)
+        q_BTHK = rotate(q_NHK[M:].unflatten(0, shape), *rotary)
+        k_BTGK = rotate(k_NGK[M:].unflatten(0, shape), *rotary)
+        v_BTGK = v_NGK[M:].unflatten(0, shape)
+
+        decoding = cache is not None and len(cache.keys) > layer
+        if decoding:
+            cache.append_token(layer, k_BTGK[:, 0], v_BTGK[:, 0])
+            k_BGSK, v_BGSK, visible = cache.keys[layer], cache.values[layer], cache.visible()
+        else:
+            if cache is not None:
+                cache.append_prompt(k_BTGK, v_BTGK)
+            k_BGSK, v_BGSK, visible = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2), None
+        # Samples are padded on the right, so causality alone keeps padding out of sight.
+        attended_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BGSK,
+            v_BGSK,
+            attn_mask=visible,
+            is_causal=not decoding,
+            enable_gqa=self.groups > 1,
+        )
+        attended = attended_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)  # [B*T, H*K]
+        if M:
+            # A modality token attends to itself alone: its attention is its own value.
+            own = v_NGK[:M].repeat_interleave(self.groups, dim=1).flatten(1)
+            attended = torch.cat([own, attended])
+        return self.wo(attended)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = _column(config.dim, config.ffn_dim)
+        self.w2 = _row(config.ffn_dim, config.dim)
+        self.w3 = _column(config.dim, config.ffn_dim)
+
+    def forward(self, x_ND):
+        return self.w2(F.silu(self.w1(x_ND)) * self.w3(x_ND))
+
+
+class Block(nn.Module):
+    """x += Attention(A(norm x)); x += FFN(A'(norm x)), with A and A' adapters or nothing."""
+
+    def __init__(self, config: LlamaConfig, adapter: AdapterConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        with default_dtype(torch.float32):
+            self.adapters = build_adapters(config.dim, adapter)
+
+    def adapt(self, place: str, z_ND, rows: Rows):
+        if place not in self.adapters:
+            return z_ND
+        return self.adapters[place](z_ND, z_ND[: rows.modalities], rows.owner_N)
+
+    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0):
+        z_ND = self.adapt("attention", self.attention_norm(x_ND), rows)
+        x_ND = x_ND + self.attention(z_ND, rows, rotary, cache, layer)
+        z_ND = self.adapt("ffn", self.ffn_norm(x_ND), rows)
+        return x_ND + self.feed_forward(z_ND)
+
+
+class Llama(nn.Module):
+    """LLaMA. Parameter names are Meta's; adapters live beside them under `layers.N.adapters`."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        adapter: AdapterConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        with default_dtype(dtype):
+            self.tok_embeddings = VocabParallelEmbedding(
+                config.vocab_size, config.dim, init_method=_leave_uninitialised
+            )
+            self.layers = nn.ModuleList(
+                Block(config, adapter or AdapterConfig()) for _ in range(config.n_layers)
+            )
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.output = _column(config.dim, config.vocab_size)
+
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.tok_embeddings(ids_BT)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        modality_MD: torch.Tensor | None = None,
+        modality_B: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Embedded tokens to normed hidden states, both [B, T, D].
+
+        modality_MD: the modality tokens, and modality_B which of them each sample carries; None for neither.
+        positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0.
+        cache: filled by a first call on whole prompts; later calls decode one token a sample (T = 1).
+        """
+        B, T, D = x_BTD.shape
+        M = 0 if modality_MD is None else len(modality_MD)
+        decoding = cache is not None and bool(cache.keys)
+        if positions is None:
+            index = cache.length_B[:, None] if decoding else torch.arange(T, device=x_BTD.device)
+            positions = index + (1 if M else 0)
+        rotary = rotary_angles(positions, self.config)
+        x_ND = x_BTD.reshape(B * T, D)
+        owner_N = None
+        if M:
+            x_ND = torch.cat([modality_MD.to(x_ND.dtype), x_ND])
+            itself_M = torch.arange(M, device=x_ND.device)
+            owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
+        rows = Rows(M, B, T, owner_N)
+        for index, block in enumerate(self.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_ND = checkpoint(block, x_ND, rows, rotary, use_reentrant=False)
+            else:
+                x_ND = block(x_ND, rows, rotary, cache, index)
+        if decoding:
+            cache.length_B = cache.length_B + 1
+        return self.norm(x_ND[M:]).unflatten(0, (B, T))
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V], the whole vocabulary on every tensor-parallel rank."""
+        return gather_from_model_parallel_region(self.output(h))
+
+    def token_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropies in fp32 of labelled rows; logits exist for LOSS_CHUNK rows at a time."""
+        total = h_ND.new_zeros((), dtype=torch.float32)
+        for h, target in zip(h_ND.split(LOSS_CHUNK), target_N.split(LOSS_CHUNK), strict=True):
+            total = total + checkpoint(self._chunk_loss, h, target, use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        logits_NV = self.output(h_ND).float()
+        if tensor_parallel_size() == 1:
+            return F.cross_entropy(logits_NV, target_N, reduction="sum")
+        return vocab_parallel_cross_entropy(logits_NV, target_N).sum()

@@ -1,0 +1,105 @@
+"""CLIP's vision transformer (open_clip) with adapters, read out at its [cls] tokens.
+
+Dimensions: B images, S = 1 + patches tokens of an image, W vision width, N = B*S rows, P visual tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
+from open_clip.transformer import VisionTransformer as OpenClipVision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lavin_ds.config import AdapterConfig, VisionConfig
+from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
+from lavin_ds.models.adapters import build_adapters
+
+
+class VisionBlock(nn.Module):
+    """x += MHA(A(ln_1 x)); x += MLP(A'(ln_2 x)), with A and A' adapters or nothing."""
+
+    def __init__(self, clip: ResidualAttentionBlock, width: int, adapter: AdapterConfig, batch_routed: bool):
+        super().__init__()
+        self.clip = clip
+        self.adapters = build_adapters(width, adapter)
+        self.batch_routed = batch_routed
+
+    def adapt(self, place: str, z_BSW: torch.Tensor) -> torch.Tensor:
+        if place not in self.adapters:
+            return z_BSW
+        B, S, _ = z_BSW.shape
+        device = z_BSW.device
+        if self.batch_routed:
+            # compat: patch s of the batch's first image routes patch s of every image.
+            token_MW, owner_N = z_BSW[0], torch.arange(S, device=device).repeat(B)
+        else:
+            token_MW, owner_N = z_BSW[:, 0], torch.arange(B, device=device).repeat_interleave(S)
+        return self.adapters[place](z_BSW.flatten(0, 1), token_MW, owner_N).unflatten(0, (B, S))
+
+    def forward(self, x_BSW: torch.Tensor) -> torch.Tensor:
+        x_BSW = x_BSW + self.clip.attention(self.adapt("attention", self.clip.ln_1(x_BSW)))
+        return x_BSW + self.clip.mlp(self.adapt("ffn", self.clip.ln_2(x_BSW)))
+
+
+class VisionTower(nn.Module):
+    """A ViT that returns the [cls] tokens of every `cls_every`-th block (paper 1, section 3.2).
+
+    Blocks behind the last one that is read out do not exist, nor do ln_post, the projection and the text
+    tower: nothing would see them.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        adapter: AdapterConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+        compat: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if compat else (CLIP_MEAN, CLIP_STD)
+        clip = OpenClipVision(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.visual_tokens * config.cls_every,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            output_dim=1,  # the projection is not kept
+            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+            norm_layer=LayerNorm,
+        ).to(dtype)
+        self.conv1 = clip.conv1
+        self.class_embedding = clip.class_embedding
+        self.positional_embedding = clip.positional_embedding
+        self.ln_pre = clip.ln_pre
+        self.blocks = nn.ModuleList(
+            VisionBlock(block, config.width, adapter or AdapterConfig(), batch_routed=compat)
+            for block in clip.transformer.resblocks
+        )
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised floats [B, 3, S, S] of uint8 [B, S, S, 3]; floats are taken to be normalised already."""
+        return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[cls] tokens [B, P, W] of images: uint8 [B, S, S, 3], or already normalised floats [B, 3, S, S].
+
+        B may be 0: a rank without images still runs every module, which ZeRO's collectives rely on.
+        """
+        pixels = self.pixels(images)
+        patches = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, S-1, W]
+        cls = self.class_embedding.expand(len(pixels), 1, -1)
+        x_BSW = self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
+        cls_tokens = []
+        for number, block in enumerate(self.blocks, start=1):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BSW = checkpoint(block, x_BSW, use_reentrant=False)
+            else:
+                x_BSW = block(x_BSW)
+            if number % self.config.cls_every == 0:
+                cls_tokens.append(x_BSW[:, 0])
+        return torch.stack(cls_tokens, dim=1)

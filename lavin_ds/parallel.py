@@ -1,0 +1,84 @@
+"""Process groups: who shares a tensor, who shares a batch.
+
+Ranks are laid out as fairscale does: tensor-parallel neighbours first, so ranks 0..tp-1 hold one model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
+
+from lavin_ds.errors import UserError
+
+
+def check_world(world_size: int, tensor_parallel: int) -> None:
+    """Refuses a number of ranks that the tensor-parallel degree does not divide.
+
+    Raises:
+        UserError: too few ranks, or a number that is not a multiple of `tensor_parallel`.
+    """
+    if world_size % tensor_parallel:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel} needs a multiple of {tensor_parallel} ranks, but there "
+            f"{'is' if world_size == 1 else 'are'} {world_size}: start more ranks or set tensor_parallel=1."
+        )
+
+
+def initialize_single_process() -> None:
+    """Makes this process a world of one, for work outside a launcher (evaluation, profiling, tests).
+
+    fairscale's layers ask for groups even when there is nothing to split.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    initialize_tensor_parallel(1)
+
+
+def initialize_tensor_parallel(degree: int) -> None:
+    """Splits the initialised world into tensor-parallel groups of `degree` ranks."""
+    check_world(dist.get_world_size(), degree)
+    if not groups.model_parallel_is_initialized():
+        backend = dist.get_backend()
+        groups.initialize_model_parallel(degree, model_parallel_backend=backend, ddp_backend=backend)
+
+
+class TensorParallelUnit:
+    """The `mpu` DeepSpeed asks for: fairscale's groups under every name that DeepSpeed uses."""
+
+    get_model_parallel_rank = staticmethod(groups.get_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(groups.get_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(groups.get_model_parallel_group)
+    get_data_parallel_rank = staticmethod(groups.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(groups.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(groups.get_data_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(groups.get_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(groups.get_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(groups.get_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(groups.get_model_parallel_src_rank)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        return dist.get_process_group_ranks(groups.get_data_parallel_group())
+
+
+def tensor_parallel_rank() -> int:
+    return groups.get_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    return groups.get_model_parallel_world_size()
+
+
+def data_parallel_rank() -> int:
+    return groups.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    return groups.get_data_parallel_world_size()
+
+
+def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
+    """All-reduces `value` (any shape) in place over the ranks that see different samples."""
+    dist.all_reduce(value, group=groups.get_data_parallel_group())
+    return value
