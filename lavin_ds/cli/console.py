@@ -1,0 +1,71 @@
+"""Where commands write: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+out = Console()
+err = Console(stderr=True)
+
+PLAIN_INTERVAL = 5  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows how far a job is, its rate and the time left, on stderr.
+
+    Yields `update(done, total=None)`; a total given replaces the one before. A terminal gets a bar, which
+    vanishes at the end; anything else a plain line every PLAIN_INTERVAL seconds.
+    """
+    if not err.is_terminal:
+        yield _plain_updater(description, total)
+        return
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(description, total=total, rate="")
+        started = time.monotonic()
+
+        def update(done: int, total: int | None = None) -> None:
+            rate = done / max(time.monotonic() - started, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.1f}/s")
+
+        yield update
+
+
+def _plain_updater(description: str, total: int | None) -> Callable[[int, int | None], None]:
+    started = last = time.monotonic()
+    known = total
+
+    def update(done: int, total: int | None = None) -> None:
+        nonlocal last, known
+        known = total or known
+        now = time.monotonic()
+        if now - last < PLAIN_INTERVAL:
+            return
+        last = now
+        rate = done / (now - started)
+        of = f"/{known}" if known else ""
+        left = f", {max(0, known - done) / rate:.0f} s left" if known and rate else ""
+        # Not through rich, which would wrap the line at a width that a log file does not have.
+        print(f"{description}: {done}{of}, {rate:.1f}/s{left}", file=err.file, flush=True)
+
+    return update

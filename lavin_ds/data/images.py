@@ -1,0 +1,75 @@
+"""Pictures: from a file's bytes to resized pixels in prep, from pixels to normalised floats on the device.
+
+N images, S their side in pixels
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the LaVIN authors normalise by (reference, section 8)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file of a few kB can claim far more
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that Pillow hands to another program
+
+
+class ImageError(Exception):
+    """Why an image cannot be used, as a clause without its file name."""
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decodes a file's bytes to RGB. Transparency is dropped, not blended, as the authors do.
+
+    Raises:
+        ImageError: not an image of a known format, truncated, or of more than MAX_PIXELS pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is below Pillow's
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"has {width} x {height} pixels, over the limit of {MAX_PIXELS}")
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"is a decompression bomb ({error})") from None
+    # Pillow's decoders raise nearly anything on damaged files.
+    except Exception as error:
+        raise ImageError(f"will not decode ({type(error).__name__}: {error})") from None
+
+
+def resize(image: Image.Image, size: int, how: Literal["squash", "crop"]) -> np.ndarray:
+    """Bicubic to [size, size, 3] uint8: `squash` loses the aspect ratio (LaVIN), `crop` margins (CLIP)."""
+    if how == "squash":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    width, height = image.size
+    short = min(width, height)
+    # torchvision's arithmetic: the long side rounded down, the crop's corner to the nearest even.
+    width, height = (size if side == short else int(size * side / short) for side in (width, height))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def normalise(
+    images_NHWC: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> torch.Tensor:
+    """uint8 [N, S, S, 3] to float32 [N, 3, S, S] on the same device, with torchvision's numerics."""
+    import torch  # here alone: prep and its workers do without it
+
+    x_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32).div(255)
+    channels = [torch.tensor(v, dtype=torch.float32, device=x_NCHW.device).view(3, 1, 1) for v in (mean, std)]
+    return x_NCHW.sub(channels[0]).div(channels[1])

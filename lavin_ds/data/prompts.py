@@ -1,0 +1,135 @@
+"""What a ScienceQA question becomes as text: the prompt that is read and the response that is learnt.
+
+A format such as `QCM-ALE` names the parts in order: before the dash what the prompt holds, after it what the
+response holds (Q question, C context, M choices, L lecture, E explanation, which the data set calls the
+solution, A answer).
+
+Two readings exist; `compat` chooses the authors' one. Where they differ:
+
+| point                      | here                                  | compat (reference, section 2)         |
+|----------------------------|---------------------------------------|---------------------------------------|
+| AL and AE                  | AL gives the lecture, AE the solution | swapped                               |
+| no lecture and no solution | "BECAUSE:" is left out                | left dangling                         |
+| line breaks                | kept as they are, one token each      | a backslash and an "n" in lecture and |
+|                            |                                       | solution, kept in question and hint   |
+| spaces                     | every run becomes one space           | one pass of two spaces to one         |
+| response                   | starts with the space that follows    | no space: "Response:The answer is B." |
+|                            | "Response:"                           |                                       |
+
+Line breaks are kept because they carry meaning there (tables in hints, lists and paragraphs in lectures), and
+because a backslash-n is a spelling the frozen LLM has not read its text in.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+
+from lavin_ds.errors import UserError
+
+LETTERS = string.ascii_uppercase
+
+INPUT_PARTS = {  # the order of the prompt's lines; L, E and LE are one BECAUSE line
+    "QCM": ("Q", "C", "M"),
+    "CQM": ("C", "Q", "M"),
+    "QCML": ("Q", "C", "M", "L"),
+    "QCME": ("Q", "C", "M", "E"),
+    "QCMLE": ("Q", "C", "M", "LE"),
+    "QCLM": ("Q", "C", "L", "M"),
+    "QCEM": ("Q", "C", "E", "M"),
+    "QCLEM": ("Q", "C", "LE", "M"),
+}
+OUTPUTS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
+FORMATS = tuple(f"{i}-{o}" for i in INPUT_PARTS for o in OUTPUTS)
+
+
+@dataclass(frozen=True)
+class Question:
+    """The text of one record. `answer` is an index into `choices`."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    hint: str = ""
+    lecture: str = ""
+    solution: str = ""
+
+    @property
+    def letter(self) -> str:
+        return LETTERS[self.answer]
+
+
+def check_format(format: str) -> None:
+    """Raises UserError unless `format` is one of FORMATS."""
+    if format not in FORMATS:
+        raise UserError(
+            f"data.prompt_format '{format}' is unknown: write INPUT-OUTPUT, with an input of "
+            f"{', '.join(INPUT_PARTS)} and an output of {', '.join(OUTPUTS)}, for example QCM-ALE."
+        )
+
+
+def context_of(question: Question, caption: str | None, compat: bool = False) -> str:
+    """The hint, and after it the caption if there is one; empty if there is neither."""
+    clean = str.strip if compat else _tidy
+    hint, caption = clean(question.hint), clean(caption or "")
+    return f"{hint} {caption}".strip()
+
+
+def build_prompt(question: Question, format: str, context: str, compat: bool = False) -> str:
+    """The prompt, from its first label to "Response:". An empty context reads "N/A".
+
+    Takes the context as text (see `context_of`) so that an over-long sample can be given a shorter one.
+    """
+    parts = INPUT_PARTS[format.split("-")[0]]
+    clean = _tidy if not compat else lambda text: text
+    choices = [f"({k}) {clean(c)}" for k, c in zip(LETTERS, question.choices, strict=False)]
+    lines = {
+        "Q": f"Question: {clean(question.question)}",
+        "C": f"Context: {context or 'N/A'}",
+        "M": f"Options: {' '.join(choices)}",
+    }
+    for letters in ("L", "E", "LE"):
+        reason = _explanation(question, letters, compat)
+        if reason.strip() or compat:  # the authors keep a line that says nothing
+            lines[letters] = f"BECAUSE: {reason}"
+    prompt = "\n".join([*(lines[part] for part in parts if part in lines), "Response:"])
+    return _squeeze_once(prompt) if compat else prompt
+
+
+def build_response(question: Question, format: str, compat: bool = False) -> str:
+    """The response, with a leading space unless `compat`: prompt + response is the whole text."""
+    output = format.split("-")[1]
+    answer = f"The answer is {question.letter}."
+    letters = output.replace("A", "")
+    if compat and output in ("AL", "AE"):
+        letters = {"L": "E", "E": "L"}[letters]  # the names are swapped in the authors' code
+    reason = _explanation(question, letters, compat)
+    if not letters:
+        response = answer
+    elif output.startswith("A"):
+        response = f"{answer} BECAUSE: {reason}" if reason or compat else answer
+    else:
+        response = f"{reason} {answer}"
+    return _squeeze_once(response) if compat else " " + response.strip()
+
+
+def _explanation(question: Question, letters: str, compat: bool) -> str:
+    """Lecture (L) and solution (E) in the order of `letters`, joined by a space."""
+    texts = {"L": question.lecture, "E": question.solution}
+    if compat:
+        return " ".join(texts[k].replace("\n", "\\n") for k in letters)
+    return " ".join(filter(None, (_tidy(texts[k]) for k in letters)))
+
+
+def _tidy(text: str) -> str:
+    """One space for a run of blanks, none beside a line break or at the ends, at most one empty line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r" ?\n ?", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _squeeze_once(text: str) -> str:
+    """One pass of two spaces to one, as the authors do: three spaces leave two."""
+    return text.replace("  ", " ").strip()

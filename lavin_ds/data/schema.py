@@ -1,0 +1,214 @@
+"""What is in a shard directory: the Arrow schemas of its two tables and the manifest that describes them.
+
+docs/data-format.md says the same in prose. A change that an older reader would misread raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field, ValidationError
+
+from lavin_ds.config import RunConfig, Section
+from lavin_ds.data.layout import Frame
+from lavin_ds.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+REJECTS_NAME = "rejects.jsonl"
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+# One row a sample. Token columns hold the sample's own tokens only: BOS, prefix and visual slots depend
+# on the run.
+ROW_SCHEMA = _schema(
+    id=pa.string(),
+    token_ids=pa.list_(pa.int32()),  # prompt, response, EOS
+    label_spans=pa.list_(pa.int32()),  # start, end, start, end, ..: half-open, over token_ids
+    label_count=pa.int32(),  # labelled tokens; 0: for evaluation only
+    prompt_length=pa.int32(),  # tokens before the first label
+    prompt_ids=pa.list_(pa.int32()),  # what evaluation reads; empty: the same as in token_ids
+    image=pa.int32(),  # row of the image table, or -1
+    # The columns of the ScienceQA score, and its answer.
+    has_image=pa.bool_(),
+    has_hint=pa.bool_(),
+    answer=pa.int8(),
+    n_choices=pa.int8(),
+    subject=pa.string(),
+    grade=pa.string(),
+)
+
+# One row a distinct image file, whatever the number of samples and splits that show it.
+IMAGE_SCHEMA = _schema(
+    id=pa.string(),  # SHA-256 of the source file
+    source=pa.string(),  # the first path it was found under
+    pixels=pa.binary(),  # uint8 [size, size, 3], RGB, resized, not normalised
+)
+
+
+class FileEntry(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # a bare name: a manifest cannot point out of its folder
+    rows: int = Field(ge=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class LengthCounts(Section):
+    """What became of the samples of a split under the length limit; they add up to all of its records."""
+
+    whole: int = 0
+    shortened: int = 0  # the context was cut so that the response fits
+    cut: int = 0  # compat only: lost tokens at the end, as the authors' code does
+    evaluation_only: int = 0  # too long to train on; kept, without labels, to be answered
+    dropped: int = 0  # not even the prompt fits
+
+
+class SplitEntry(Section):
+    files: list[FileEntry]
+    rows: int = Field(ge=0)
+    images: int = Field(ge=0)  # rows with an image
+    lengths: LengthCounts
+    rejected: int = Field(0, ge=0)  # bad records that --on-error skip left out
+    longest_image: int = Field(0, ge=0)  # own tokens (prompt, response, EOS) of the longest row with an image
+    longest_text: int = Field(0, ge=0)
+
+
+class ImageEntry(Section):
+    size: int = Field(gt=0)
+    resize: Literal["squash", "crop"]
+    files: list[FileEntry]
+    rows: int = Field(ge=0)
+
+
+class TokenizerEntry(Section):
+    file: str = Field(TOKENIZER_NAME, pattern=r"^[A-Za-z0-9._-]+$")
+    sha256: str
+    vocab_size: int = Field(gt=0)
+    bos: int = Field(ge=0)
+    eos: int = Field(ge=0)
+
+
+class PromptSettings(Section):
+    """How text became tokens."""
+
+    format: str
+    captions: bool
+    max_length: int = Field(gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
+    overlength: Literal["error", "drop", "shorten"]
+    visual_tokens: int = Field(ge=0)  # what an image was reckoned to take of max_length
+    compat: Literal["lavin-official"] | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> PromptSettings:
+        data = config.data
+        return cls(
+            format=data.prompt_format,
+            captions=data.captions,
+            max_length=data.max_length,
+            overlength=data.overlength,
+            visual_tokens=config.model.visual_tokens,
+            compat=config.compat,
+        )
+
+
+class Manifest(Section):
+    schema_version: int
+    kind: Literal["scienceqa"]
+    created_by: str
+    splits: dict[str, SplitEntry]
+    images: ImageEntry | None  # None: prepared for a recipe without vision
+    tokenizer: TokenizerEntry
+    prefix_image: list[int]
+    prefix_text: list[int]
+    prompt: PromptSettings
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(self.tokenizer.bos, tuple(self.prefix_image), tuple(self.prefix_text))
+
+    def all_files(self) -> list[FileEntry]:
+        files = [file for split in self.splits.values() for file in split.files]
+        return files + (self.images.files if self.images else [])
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Reads a shard directory's manifest.
+
+    Raises:
+        UserError: it is missing, is not JSON, is of another schema version, or a key in it is wrong.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    remedy = "prepare the data again with `lavin-ds prep`"
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError:
+        raise UserError(
+            f"{path} is missing: {directory} is no shard directory; make one with `lavin-ds prep`."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version} and this version reads {SCHEMA_VERSION}: {remedy}.")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path}: {key}: {problem['msg']}: {remedy}.") from None
+
+
+def manifest_sha256(directory: str | Path) -> str:
+    """Hash of the manifest file, and through its checksums of all data; a run directory records it."""
+    return hashlib.sha256((Path(directory) / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+def check_manifest(manifest: Manifest, config: RunConfig) -> list[str]:
+    """Every disagreement between shards and recipe, a clause each with both values; empty if they agree.
+
+    A recipe without vision may use shards with images: it reads every sample as text.
+    """
+    prompt, data, model = manifest.prompt, config.data, config.model
+    pairs = [
+        ("data.prompt_format", prompt.format, data.prompt_format),
+        ("data.captions", prompt.captions, data.captions),
+        ("data.max_length", prompt.max_length, data.max_length),
+        ("compat", prompt.compat, config.compat),
+    ]
+    if model.vision and manifest.images:
+        pairs += [
+            ("image size", manifest.images.size, model.vision.image_size),
+            ("data.image_resize", manifest.images.resize, data.image_resize),
+        ]
+    found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
+    if model.vision and not manifest.images:
+        found.append("images: shards hold none, recipe has model.vision")
+    if manifest.tokenizer.vocab_size > model.llm.vocab_size:
+        found.append(
+            f"vocabulary: shards' tokenizer has {manifest.tokenizer.vocab_size} pieces, "
+            f"recipe's model.llm.vocab_size is {model.llm.vocab_size}"
+        )
+    longest = _longest(manifest, model.visual_tokens)
+    if prompt.max_length == data.max_length and longest > data.max_length:
+        found.append(
+            f"visual tokens: shards were cut for {prompt.visual_tokens}, recipe has {model.visual_tokens}, "
+            f"which makes the longest sample {longest} positions, over data.max_length {data.max_length}"
+        )
+    return found
+
+
+def _longest(manifest: Manifest, visual_tokens: int) -> int:
+    """Positions, with the modality token, of the longest sample under a number of visual tokens."""
+    image_head, text_head = (len(manifest.frame.head(has, visual_tokens)) for has in (True, False))
+    splits = manifest.splits.values()
+    longest_image = max((s.longest_image + image_head for s in splits if s.longest_image), default=0)
+    longest_text = max((s.longest_text + text_head for s in splits if s.longest_text), default=0)
+    return 1 + max(longest_image, longest_text)
