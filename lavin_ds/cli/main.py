@@ -1,0 +1,48 @@
+"""`lavin-ds`: the commands, and how their errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lavin_ds import __version__
+from lavin_ds.cli import evaluate, export, prep, profile, quickstart, train
+from lavin_ds.errors import UserError
+
+app = typer.Typer(
+    help="LaVIN: a frozen LLaMA that learns to see through Mixture-of-Modality Adapters, trained with DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(prep.app, name="prep")
+app.command("train", context_settings={"ignore_unknown_options": False})(train.train)
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(profile.app, name="profile")
+app.add_typer(export.app, name="export")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lavin-ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def run() -> None:
+    """Entry point: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130, neither a traceback."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

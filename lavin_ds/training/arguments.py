@@ -1,0 +1,31 @@
+"""The command line of a training run, shared by `lavin-ds train` and launch/train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavin_ds.run import Inputs
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """resume: "never", or "auto" to go on from the newest checkpoint in `out`."""
+
+    recipe: str
+    data: Path
+    llama: Path
+    clip: Path | None
+    out: Path
+    resume: str = "never"
+    overrides: tuple[str, ...] = ()
+
+    def inputs(self) -> Inputs:
+        absolute = {key: getattr(self, key) and getattr(self, key).absolute() for key in ("data", "llama", "clip")}
+        return Inputs(**absolute)
+
+    def words(self) -> list[str]:
+        """The arguments of launch/train.py."""
+        clip = ["--clip", str(self.clip)] if self.clip else []
+        paths = ["--data", str(self.data), "--llama", str(self.llama), *clip, "--out", str(self.out)]
+        return ["--recipe", self.recipe, *paths, "--resume", self.resume, *self.overrides]

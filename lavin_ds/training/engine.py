@@ -1,0 +1,69 @@
+"""The DeepSpeed engine around LaVIN: process groups, ZeRO configuration, optimizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from lavin_ds.config import RunConfig, TrainingConfig
+from lavin_ds.data.sampler import micro_batches
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.parallel import TensorParallelUnit, data_parallel_size
+from lavin_ds.training.deepspeed_config import read_deepspeed_config
+from lavin_ds.training.launcher import free_port
+
+
+def start_distributed() -> torch.device:
+    """Joins the launcher's process group, or makes a world of one without a launcher; returns this rank's device."""
+    accelerator = get_accelerator()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory collective here (a minute, and a 66 MiB file a rank that stays).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+
+
+def parameter_groups(model: Lavin, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Matrices decay, biases and other vectors do not (paper 1, section 4.2; reference.md, section 6)."""
+    trainable = model.trainable().values()
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: Lavin, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW with its rate at 0: the loop sets the rate of every step."""
+    return torch.optim.AdamW(parameter_groups(model, training), lr=0.0, betas=training.betas, eps=training.eps)
+
+
+def build_engine(model: Lavin, config: RunConfig) -> deepspeed.DeepSpeedEngine:
+    """Wraps the model in DeepSpeed's engine; call after `start_distributed` and `initialize_tensor_parallel`."""
+    training = config.training
+    accumulation = micro_batches(training.global_batch, data_parallel_size(), training.micro_batch)
+    ds_config = read_deepspeed_config(config.deepspeed) | {
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.grad_clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, training), config=ds_config, mpu=TensorParallelUnit
+    )
+    for name, parameter in engine.module.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            raise RuntimeError(f"DeepSpeed turned {name} from {dtypes[name]} into {parameter.dtype}")
+    return engine

@@ -1,0 +1,95 @@
+"""Starts `deepspeed launch/train.py` and stays in charge of it.
+
+DeepSpeed's launcher ends its ranks hard on a signal, and leaves them training when it is killed itself. So the
+whole job is a session of its own: signals go to the ranks, which finish their step and save, and when the launcher
+has ended, whatever is left of the session is ended too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+
+import psutil
+
+from lavin_ds.errors import UserError
+from lavin_ds.training.arguments import TrainArguments
+from lavin_ds.training.preflight import preflight
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def local_ranks() -> int:
+    """Ranks that fit this machine: a rank a GPU, or a rank a CPU core where there is no GPU, at most 2.
+
+    More CPU ranks than 2 only add copies of the frozen model to what memory has to hold.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(2, len(os.sched_getaffinity(0)))
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train_command(ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+    """The `deepspeed` command line. ranks: on this machine; None with a hostfile, whose slots then decide."""
+    script = str(files("lavin_ds.launch") / "train.py")
+    where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*launcher, "--quiet", "--master_port", str(port), *where, script, *arguments]
+
+
+def run_to_the_end(command: list[str]) -> int:
+    """Runs a launch in a session of its own; returns its exit code when nothing of it is left."""
+    launcher = subprocess.Popen(command, start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+
+    def forward(number, _frame):
+        for rank in _ranks(launcher.pid):
+            rank.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def _ranks(launcher_pid: int) -> list[psutil.Process]:
+    """The processes of a launch that train: those that run the script, not those that start it."""
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher_pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(word.endswith("train.py") for word in process.cmdline()[1:3]):
+                    ranks.append(process)
+    return ranks
+
+
+def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> int:
+    """Checks a run, starts it and waits for its end; returns the exit code.
+
+    Raises:
+        UserError: from the preflight, or the hostfile does not exist.
+    """
+    if hostfile and not hostfile.is_file():
+        raise UserError(f"The hostfile {hostfile} does not exist: write a line 'HOST slots=GPUS' for every node.")
+    if not hostfile:
+        ranks = ranks or local_ranks()
+    preflight(arguments, ranks)
+    return run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))

@@ -1,0 +1,23 @@
+"""The learning rate: linear warm-up, then half a cosine down to zero (reference.md, section 6)."""
+
+from __future__ import annotations
+
+import math
+
+from lavin_ds.config import TrainingConfig
+
+
+def learning_rate(epoch: float, training: TrainingConfig) -> float:
+    """Learning rate at a moment `epoch`, in passes over the data and fractions of them."""
+    if epoch < training.warmup_epochs:
+        return training.peak_lr * epoch / training.warmup_epochs
+    progress = (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs)
+    return training.peak_lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def step_learning_rate(step: int, samples: int, training: TrainingConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) over a set of `samples`.
+
+    Taken at the middle of the step: at its beginning the first update would have rate 0 and be wasted.
+    """
+    return learning_rate((step + 0.5) * training.global_batch / samples, training)
