@@ -1,0 +1,123 @@
+"""`lavin-ds eval ...`: scores of a run, an exported adapter or a bare base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from lavin_ds.cli import console
+
+app = typer.Typer(help="Score a run, an exported adapter or a bare base.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `scienceqa` a command of its own while it is the only one."""
+
+
+@app.command()
+def scienceqa(
+    run: Annotated[Path | None, typer.Option(help="Finished run; it knows --recipe, --llama, --clip.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Shards; default: those the run was trained on.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the shards.")] = "test",
+    recipe: Annotated[str | None, typer.Option(help="Without --run: recipe name or YAML file.")] = None,
+    llama: Annotated[Path | None, typer.Option(help="Folder of the LLaMA.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="CLIP weights; not for text-only recipes.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Without --run: exported adapter, or LaVIN's .pth.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Top-p 0.75 at temperature 0.1; default: greedy.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Results file; default RUN/eval-SPLIT.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to --recipe.")
+    ] = None,
+) -> None:
+    """Answer ScienceQA's questions and print the score table of the papers."""
+    # torch takes seconds to import: a wrong option is told before.
+    from lavin_ds.evaluation import job as jobs
+    from lavin_ds.evaluation.generate import Sampling
+
+    arguments = jobs.EvalArguments(
+        run=run,
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        llama=llama,
+        clip=clip,
+        adapter=adapter,
+        data=data,
+        split=split,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        sampling=Sampling(seed=seed) if sample else None,
+        out=out,
+    )
+    job = jobs.prepare(arguments)
+    with console.progress("loading weights") as update:
+        model = jobs.load(job, lambda _, done, total: update(done, total))
+    with console.progress(f"answering {split}", job.questions) as update:
+        report = jobs.run(job, model, update)
+    if as_json:
+        print(json.dumps(summary(report, job.out), indent=2))
+        return
+    console.out.print(score_table(report))
+    for remark in remarks(report):
+        console.out.print(remark, highlight=False)
+    console.out.print(f"Results: {job.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(report: dict, out: Path) -> dict:
+    """What --json prints: the results file without the predictions, and where that file is."""
+    return {**{key: value for key, value in report.items() if key != "predictions"}, "out": str(out.absolute())}
+
+
+def score_table(report: dict) -> Table:
+    """Columns as in the papers' Table 1, with what guessing reaches and how many questions there are."""
+    model, data = report["model"], report["data"]
+    title = f"{model['recipe']} on {data['split']}: {report['questions']:,} questions in {report['seconds']:,.1f} s"
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in report["table"]:
+        table.add_column(name, justify="right")
+    columns = report["table"].values()
+    table.add_row("accuracy %", *(_percent(column["accuracy"]) for column in columns), style="bold")
+    table.add_row("chance %", *(_percent(column["chance"]) for column in columns))
+    table.add_row("questions", *(f"{column['count']:,}" for column in columns))
+    return table
+
+
+def remarks(report: dict) -> list[str]:
+    """What the table does not say: questions without a readable answer, and settings that bear on the scores."""
+    outcomes, settings = report["outcomes"], report["settings"]
+    counted_as = "guessed at random (compat)" if report["model"]["compat"] else "counted as wrong"
+    said = []
+    if report["questions"] < report["data"]["rows"]:
+        said.append(f"Only the first {report['questions']:,} of {report['data']['rows']:,} questions.")
+    if settings["sampling"]:
+        said.append("Sampled: {}.".format(", ".join(f"{k} {v}" for k, v in settings["sampling"].items())))
+    without = sum(count for outcome, count in outcomes.items() if outcome != "answered")
+    said.append(f"Without a readable answer, {counted_as}: {without:,} of {report['questions']:,}.")
+    if outcomes["cut"]:
+        said.append(
+            f"  {outcomes['cut']:,} of them were cut off before an answer: try more than "
+            f"--max-new-tokens {settings['max_new_tokens']}."
+        )
+    if outcomes["no_room"]:
+        said.append(
+            f"  {outcomes['no_room']:,} of them have a prompt that fills data.max_length: nothing was generated."
+        )
+    return said
+
+
+def _percent(value: float | None) -> str:
+    """Five characters: 72.53, 100.0."""
+    return "-" if value is None else f"{value:.2f}"[:5]
