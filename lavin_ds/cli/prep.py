@@ -13,7 +13,9 @@ from rich.table import Table
 from lavin_ds.cli import console
 from lavin_ds.config import load_recipe
 from lavin_ds.data.schema import LengthCounts
+from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import PrepReport, prepare_scienceqa
+from lavin_ds.errors import UserError
 
 app = typer.Typer(help="Prepare data: source files to Arrow shards.", no_args_is_help=True)
 
@@ -54,6 +56,18 @@ def scienceqa(
     else:
         console.out.print(_table(report))
         _remark(report)
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder to make, in ScienceQA's official layout.")],
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other questions and pictures.")] = 0,
+) -> None:
+    """Draw the quickstart's small ScienceQA: generated questions and pictures."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty folder: give another.")
+    generate(out, seed)
+    console.err.print(f"wrote {out}", highlight=False)
 
 
 def summary(report: PrepReport) -> dict:

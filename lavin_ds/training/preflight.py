@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.sampler import micro_batches
-from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
+from lavin_ds.data.schema import check_manifest, manifest_sha256
+from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
 from lavin_ds.parallel import check_world
 from lavin_ds.run import load_run
@@ -32,12 +33,12 @@ def preflight(arguments: TrainArguments, ranks: int | None) -> RunConfig:
         training = config.training
         micro_batches(training.global_batch, ranks // config.tensor_parallel, training.micro_batch)
     read_deepspeed_config(config.deepspeed)
-    manifest = load_manifest(arguments.data)
-    if SPLIT not in manifest.splits:
-        raise UserError(f"{arguments.data} has no split '{SPLIT}': it has {', '.join(manifest.splits)}.")
-    disagreements = check_manifest(manifest, config)
+    reader = ShardReader(arguments.data, SPLIT)
+    disagreements = check_manifest(reader.manifest, config)
     if disagreements:
-        raise UserError(f"{arguments.data} was not prepared for this recipe: " + "; ".join(disagreements))
+        raise UserError(f"{arguments.data} was not prepared for this recipe: " + "; ".join(disagreements) + ".")
+    if not len(reader.trainable):
+        raise UserError(f"{arguments.data}: no sample of split '{SPLIT}' has a label; see rejects.jsonl there for why.")
     check_inputs(config, arguments.llama, arguments.clip)
     _check_out(arguments, config)
     return config

@@ -3,13 +3,13 @@ import json
 
 import pytest
 from data_helpers import png_claiming, record, small_config, write_scienceqa
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from PIL import Image
 from typer.testing import CliRunner
 
 from lavin_ds.cli import prep
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
+from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.errors import UserError
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from data_helpers import record, small_config, write_scienceqa
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 
 from lavin_ds.data import shards
 from lavin_ds.data.layout import lay_out
 from lavin_ds.data.schema import ROW_SCHEMA, check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader, ShardWriter
+from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.errors import UserError
 
 

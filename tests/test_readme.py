@@ -1,0 +1,88 @@
+"""Every command of the README runs: on small stand-ins for the weights and the data, under the names it uses.
+
+`pip install` and `pytest` are what runs this; the quickstart has a test of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lavin_ds
+from lavin_ds.data_prep.sample import generate
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
+RECIPES = ("lavin-7b-24gb", "lavin-7b", "lavin-13b")
+ELSEWHERE = ("pip install", "pytest", "lavin-ds quickstart")
+
+
+def commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).splitlines()
+    found = [line for line in lines if line and not line.startswith("#")]
+    return [line for line in found if not any(word in line for word in ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder as the README's reader has it, with small files under the same names."""
+    folder = tmp_path_factory.mktemp("readme")
+    generate(folder / "ScienceQA", seed=0, train=64, val=0, test=28)
+    for name in ("llama-7b", "llama-13b"):
+        shutil.copytree(ASSETS / "llama", folder / name)
+    shutil.copy(ASSETS / "vit.safetensors", folder / "ViT-L-14.pt")
+    (folder / "hostfile").write_text("localhost slots=2\n")
+    shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    tiny = yaml.safe_load((ROOT / "lavin_ds" / "recipes" / "tiny.yaml").read_text())
+    tiny["training"] |= {"epochs": 0.5, "warmup_epochs": 0.1, "global_batch": 16, "micro_batch": 4}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    _fake_slurm(folder / "slurm")
+    return folder
+
+
+def _fake_slurm(folder: Path) -> None:
+    """`sbatch` runs the script here, `srun` two tasks of it: what Slurm does, on one machine."""
+    folder.mkdir()
+    scripts = {
+        "sbatch": 'shift 2\nexport SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here\nbash "$@"\n',
+        "scontrol": "echo 127.0.0.1\n",
+        "srun": 'shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids="$pids $!"; done\n'
+        "for pid in $pids; do wait $pid || exit $?; done\n",
+    }
+    for name, body in scripts.items():
+        path = folder / name
+        path.write_text("#!/usr/bin/env bash\n" + body)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_the_readme_has_every_kind_of_command():
+    text = "\n".join(commands())
+    for start in ("lavin-ds prep", "lavin-ds train", "deepspeed launch", "sbatch", "lavin-ds eval", "lavin-ds export"):
+        assert start in text
+
+
+def test_every_command_runs_in_the_order_of_the_readme(folder):
+    path = os.pathsep.join([str(folder / "slurm"), str(BIN), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    for command in commands():
+        words = shlex.split(command, comments=True)
+        simulates = "profile" in words and "--recipe" in words
+        if not simulates:  # simulating the real sizes is what those are for, and quick
+            words = ["tiny.yaml" if word in RECIPES else word for word in words]
+        if words[0] == "deepspeed":
+            words[1:1] = ["--num_gpus", "2"]  # it counts GPUs, and there may be none
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
