@@ -5,7 +5,9 @@ Ranks are laid out as fairscale does: tensor-parallel neighbours first, so ranks
 
 from __future__ import annotations
 
-import torch
+import io
+from contextlib import redirect_stdout
+
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
@@ -40,7 +42,8 @@ def initialize_tensor_parallel(degree: int) -> None:
     check_world(dist.get_world_size(), degree)
     if not groups.model_parallel_is_initialized():
         backend = dist.get_backend()
-        groups.initialize_model_parallel(degree, model_parallel_backend=backend, ddp_backend=backend)
+        with redirect_stdout(io.StringIO()):  # it prints three lines, which would break --json
+            groups.initialize_model_parallel(degree, model_parallel_backend=backend, ddp_backend=backend)
 
 
 class TensorParallelUnit:
@@ -76,9 +79,3 @@ def data_parallel_rank() -> int:
 
 def data_parallel_size() -> int:
     return groups.get_data_parallel_world_size()
-
-
-def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
-    """All-reduces `value` (any shape) in place over the ranks that see different samples."""
-    dist.all_reduce(value, group=groups.get_data_parallel_group())
-    return value

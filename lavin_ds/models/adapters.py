@@ -160,6 +160,22 @@ KINDS = {"mm": MMAdapter, "rep": RepAdapter}
 TRAINABLE = (MMAdapter, RepAdapter, VisualNeck, ModalityEmbedding)
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name: those that an adapter, the neck or E_m owns, and no other."""
+    return {
+        f"{owner}.{name}" if owner else name: parameter
+        for owner, module in model.named_modules()
+        if isinstance(module, TRAINABLE)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All the others, by name."""
+    learning = trainable_parameters(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in learning}
+
+
 def build_adapters(width: int, config: AdapterConfig) -> nn.ModuleDict:
     """The adapters of one block, by where they stand ("attention", "ffn"); empty for kind "none"."""
     if config.kind == "none":

@@ -13,7 +13,7 @@ from torch import nn
 from lavin_ds.config import ModelConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
-from lavin_ds.models.adapters import KINDS, TRAINABLE, ModalityEmbedding, VisualNeck
+from lavin_ds.models.adapters import KINDS, TRAINABLE, ModalityEmbedding, VisualNeck, trainable_parameters
 from lavin_ds.models.llama import KVCache, Llama
 from lavin_ds.models.vision import VisionTower
 
@@ -31,6 +31,10 @@ class Lavin(nn.Module):
         super().__init__()
         self.config = config
         self.compat = compat
+        # The authors' behaviour where it changes numbers (reference.md, section 11), one switch a point; the
+        # pixels' mean and deviation are the third, in VisionTower.
+        self.batch_routed_vision = compat
+        self.shifted_decoding = compat
         dtype = DTYPES[config.frozen_dtype]
         llm, vision = config.llm, config.vision
         self.llm = Llama(llm, config.llm_adapter, dtype, activation_checkpointing)
@@ -46,19 +50,16 @@ class Lavin(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name: those that an adapter, the neck or E_m owns, and no other."""
-        return {
-            f"{owner}.{name}": parameter
-            for owner, module in self.named_modules()
-            if isinstance(module, TRAINABLE)
-            for name, parameter in module.named_parameters(recurse=False)
-        }
+        return trainable_parameters(self)
 
     def reset_trainable(self, seed: int) -> None:
         """Initialises every trainable module from (seed, its name), so that no order of building matters."""
         for owner, module in self.named_modules():
             if isinstance(module, TRAINABLE):
+                # One checksum of both: torch's CPU generator looks at the low 32 bits of its seed alone.
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {owner}".encode()))
                 with torch.no_grad():
-                    module.reset(torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(owner.encode())))
+                    module.reset(generator)
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token embeddings [B, T, D] with the visual tokens in their places, and the modality [B] (1: image)."""
@@ -76,11 +77,11 @@ class Lavin(nn.Module):
 
     def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
         """[cls] tokens of the samples with an image, [samples with an image, P, vision width]."""
-        images = batch.images
+        images = batch.images_NHWC
         if images is None:
             size = self.config.vision.image_size
             images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=batch.ids_BT.device)
-        if self.compat:
+        if self.batch_routed_vision:
             # The authors send a zero image of every text-only sample through the ViT, where it may route others.
             pixels = self.vision.pixels(images)
             everyone = pixels.new_zeros(len(has_image_B), *pixels.shape[1:])
@@ -88,9 +89,7 @@ class Lavin(nn.Module):
             return self.vision(everyone)[has_image_B]
         return self.vision(images)[batch.image_B[has_image_B]]
 
-    def hidden(
-        self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def hidden(self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
         return self._through_llm(x_BTD, modality_B, positions, cache)
@@ -112,7 +111,7 @@ class Lavin(nn.Module):
         T = batch.ids_BT.shape[1]
         cache = KVCache(T + new_tokens, batch.lengths_B)
         positions = None
-        if self.compat:
+        if self.shifted_decoding:
             # Tokens behind the batch's shortest prompt stand one RoPE position too early (reference.md, section 7).
             index_T = torch.arange(T, device=batch.ids_BT.device)
             positions = index_T + (index_T < batch.lengths_B.min()).long()
@@ -123,6 +122,6 @@ class Lavin(nn.Module):
 
     def decode(self, ids_B: torch.Tensor, cache: KVCache, modality_B: torch.Tensor) -> torch.Tensor:
         """Reads one more token a sample; returns the logits [B, V] of the next."""
-        positions = cache.length_B[:, None] if self.compat else None
+        positions = cache.length_B[:, None] if self.shifted_decoding else None
         h_BTD = self._through_llm(self.llm.embed(ids_B[:, None]), modality_B, positions, cache)
         return self.llm.logits(h_BTD[:, 0])

@@ -47,15 +47,11 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _column(inputs: int, outputs: int) -> ColumnParallelLinear:
-    return ColumnParallelLinear(
-        inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised
-    )
+    return ColumnParallelLinear(inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised)
 
 
 def _row(inputs: int, outputs: int) -> RowParallelLinear:
-    return RowParallelLinear(
-        inputs, outputs, bias=False, input_is_parallel=True, init_method=_leave_uninitialised
-    )
+    return RowParallelLinear(inputs, outputs, bias=False, input_is_parallel=True, init_method=_leave_uninitialised)
 
 
 @dataclass(frozen=True)
@@ -233,9 +229,7 @@ class Llama(nn.Module):
             self.tok_embeddings = VocabParallelEmbedding(
                 config.vocab_size, config.dim, init_method=_leave_uninitialised
             )
-            self.layers = nn.ModuleList(
-                Block(config, adapter or AdapterConfig()) for _ in range(config.n_layers)
-            )
+            self.layers = nn.ModuleList(Block(config, adapter or AdapterConfig()) for _ in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
             self.output = _column(config.dim, config.vocab_size)
 

@@ -14,6 +14,28 @@ from torch.utils.checkpoint import checkpoint
 from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
 from lavin_ds.models.adapters import build_adapters
+from lavin_ds.models.llama import default_dtype
+
+
+def _clip_layers(config: VisionConfig, dtype: torch.dtype) -> OpenClipVision:
+    """open_clip's ViT, uninitialised: no time, and none of the global random numbers, go into values that
+    are loaded anyway."""
+    with default_dtype(dtype), torch.device("meta"):
+        clip = OpenClipVision(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.visual_tokens * config.cls_every,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            output_dim=1,  # the projection is not kept
+            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+            norm_layer=LayerNorm,
+        )
+    for module in clip.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+    return clip
 
 
 class VisionBlock(nn.Module):
@@ -61,17 +83,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if compat else (CLIP_MEAN, CLIP_STD)
-        clip = OpenClipVision(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers=config.visual_tokens * config.cls_every,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            output_dim=1,  # the projection is not kept
-            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-            norm_layer=LayerNorm,
-        ).to(dtype)
+        clip = _clip_layers(config, dtype)
         self.conv1 = clip.conv1
         self.class_embedding = clip.class_embedding
         self.positional_embedding = clip.positional_embedding

@@ -21,7 +21,7 @@ def assert_same_training(run, reference):
     assert len(run.losses) == len(reference.losses) == 20
     torch.testing.assert_close(run.losses, reference.losses, rtol=TOLERANCE, atol=0)
     # The curve must mean something: a training that changes nothing would agree with itself too.
-    assert reference.losses[-5:].mean() < reference.losses[:5].mean() - 0.1
+    assert reference.losses[-5:].mean() < reference.losses[:5].mean() - 0.05
     for name, value in reference.adapters.items():
         difference = (run.adapters[name] - value).norm() / value.norm().clamp(min=1e-3)
         assert difference < 1e-3, name  # AdamW magnifies rounding where a gradient is nearly zero

@@ -1,0 +1,173 @@
+"""Trained adapters as one file: FILE in safetensors (fp32), and FILE.json that says what they belong to.
+
+The frozen base is not in it: an adapter of LaVIN-7B is 15 MB, and is worth nothing without the base it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+
+from lavin_ds import __version__
+from lavin_ds.config import RunConfig
+from lavin_ds.errors import UserError
+from lavin_ds.files import write_atomically, write_json
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.weights.tensor_files import SafetensorsFile
+
+FORMAT = 1
+METADATA = {"format": "pt", "lavin_ds_adapter": str(FORMAT)}
+
+
+class BaseFiles(BaseModel):
+    """A frozen model's files: enough to notice another one, without reading gigabytes to hash them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    bytes_of: dict[str, int]  # by file name
+
+
+class Base(BaseModel):
+    """The frozen models that the adapters were trained on; `clip` is None for a text-only run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    llama: BaseFiles
+    clip: BaseFiles | None = None
+
+
+class AdapterRecord(BaseModel):
+    """FILE.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1]
+    layout: Literal["safetensors", "official"] = "safetensors"
+    lavin_ds: str  # version
+    recipe: str
+    base: Base
+    trainable_parameters: int
+    bytes: int  # of FILE
+    tensors: dict[str, list[int]]  # shapes
+    config: RunConfig
+
+
+def _identify(path: Path) -> BaseFiles:
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    weights = {f.name: f.stat().st_size for f in files if f.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")}
+    return BaseFiles(path=str(path.resolve()), bytes_of=weights)
+
+
+def record_file(file: Path) -> Path:
+    return file.with_name(file.name + ".json")
+
+
+def save_adapter(
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: RunConfig,
+    llama: Path,
+    clip: Path | None = None,
+) -> AdapterRecord:
+    """Writes FILE and FILE.json, each atomically, FILE last: where it stands, both are whole.
+
+    tensors: Lavin.trainable(), by name; under ZeRO-3 gathered by the caller.
+    llama, clip: the frozen models, which the record identifies by their files' names and sizes.
+    """
+    # Copied when not already fp32 and contiguous; safetensors refuses views that share a storage.
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, metadata=METADATA)
+    record = AdapterRecord(
+        format=FORMAT,
+        lavin_ds=__version__,
+        recipe=config.name,
+        base=Base(llama=_identify(llama), clip=_identify(clip) if clip else None),
+        trainable_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        bytes=len(content),
+        tensors={name: list(tensor.shape) for name, tensor in tensors.items()},
+        config=config,
+    )
+    write_with_record(file, content, record)
+    return record
+
+
+def write_with_record(file: Path, content: bytes, record: AdapterRecord) -> None:
+    """Writes FILE.json and then FILE, each atomically."""
+    write_json(record_file(file), record.model_dump(mode="json"))
+    write_atomically(file, lambda temporary: temporary.write_bytes(content))
+
+
+def read_adapter(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter file, by name.
+
+    Raises:
+        UserError: no such file, or not one that save_adapter wrote.
+    """
+    if not file.is_file():
+        raise UserError(f"No adapter at {file}.")
+    opened = SafetensorsFile(file)
+    if opened.metadata.get("lavin_ds_adapter") != str(FORMAT):
+        raise UserError(f"{file} is not an adapter of this version: make one with `lavin-ds export adapter`.")
+    return {name: opened.tensor(name).clone() for name in opened.shapes}
+
+
+def read_record(file: Path) -> AdapterRecord:
+    """What FILE.json says about adapter FILE.
+
+    Raises:
+        UserError: there is none, or it is not one that save_adapter wrote.
+    """
+    path = record_file(file)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: an adapter travels with its JSON. Copy it beside {file.name}.")
+    try:
+        return AdapterRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None
+
+
+def load_adapter(model: Lavin, file: Path) -> None:
+    """Fills every trainable parameter of `model` from an adapter file, and demands that nothing is left over.
+
+    Raises:
+        UserError: the file cannot be read; or it lacks a parameter, has one more, or has another shape.
+    """
+    fill_trainable(model, read_adapter(file), where=str(file))
+
+
+def fill_trainable(model: Lavin, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Copies `tensors` into Lavin.trainable(), which must have the same names and shapes.
+
+    Raises:
+        UserError: they differ; `where` names the tensors' origin. Nothing is copied then.
+    """
+    parameters = model.trainable()
+    check_trainable({name: tuple(p.shape) for name, p in parameters.items()}, tensors, where)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def check_trainable(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """UserError unless `tensors` has exactly the names and shapes `wanted`."""
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    if missing or unexpected:
+        told = [
+            f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in (("lacks", missing), ("has besides", unexpected))
+            if names
+        ]
+        raise UserError(f"{where} does not fit the recipe's adapters: it {' and '.join(told)}.")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise UserError(
+                f"{where} does not fit the recipe: {name} is {list(tensors[name].shape)}, but must be {list(shape)}."
+            )

@@ -1,0 +1,69 @@
+"""From a recipe and files to a model: checked first, in seconds, then built and filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lavin_ds.config import RunConfig
+from lavin_ds.errors import UserError
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.weights.adapter import load_adapter
+from lavin_ds.weights.clip import check_clip, load_clip
+from lavin_ds.weights.llama import check_llama, load_llama
+from lavin_ds.weights.official import import_official
+
+Progress = Callable[[str, int, int], None]  # what is loaded, tensors done, tensors in all
+
+
+def check_inputs(config: RunConfig, llama: Path, clip: Path | None) -> None:
+    """Compares the weights with the recipe, from headers alone: well under a second, and before anything is loaded.
+
+    Raises:
+        UserError: a file is missing, cannot be read or contradicts the recipe; or CLIP is given to a text-only
+            recipe, or not given to another.
+    """
+    check_llama(llama, config.model.llm)
+    if config.model.vision and clip is None:
+        raise UserError(f"Recipe {config.name} sees images: give a CLIP file with --clip.")
+    if clip is not None and not config.model.vision:
+        raise UserError(f"Recipe {config.name} is text-only (it has no model.vision): leave --clip out.")
+    if config.model.vision:
+        check_clip(clip, config.model.vision)
+
+
+def build_model(
+    config: RunConfig,
+    llama: Path,
+    clip: Path | None,
+    adapter: Path | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: Progress | None = None,
+) -> Lavin:
+    """A LaVIN with its frozen weights loaded, in evaluation mode, on `device`.
+
+    Its adapters come from `adapter` (a .safetensors of ours, or a .pth of the LaVIN authors), or are new ones of
+    the recipe's seed. Process groups must exist (lavin_ds.parallel); each tensor-parallel rank loads its slices.
+
+    Raises:
+        UserError: see check_inputs, load_adapter and import_official.
+    """
+    check_inputs(config, llama, clip)
+    model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
+    # The adapters come first: they are small, so that one that does not fit is refused in seconds.
+    if adapter is None:
+        model.reset_trainable(config.training.seed)
+    elif adapter.suffix == ".pth":
+        import_official(model, adapter)
+    else:
+        load_adapter(model, adapter)
+    load_llama(model.llm, llama, _stage(on_progress, "LLaMA"))
+    if model.vision is not None:
+        load_clip(model.vision, clip, _stage(on_progress, "CLIP"))
+    return model.to(device).eval()
+
+
+def _stage(on_progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return (lambda done, total: on_progress(name, done, total)) if on_progress else None

@@ -1,0 +1,365 @@
+"""Reads a LLaMA's weights, as Meta or Hugging Face store them, straight into this rank's parameters.
+
+    Meta          params.json   consolidated.NN.pth                          split over any number of shards
+    Hugging Face  config.json   model*.safetensors or pytorch_model*.bin     whole tensors, rotary pairs apart
+
+Names here are Meta's, which are also the model's. Opening a folder reads only JSON and tensor headers; loading
+goes tensor by tensor, and a tensor-parallel rank touches only the bytes of its own slice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+from lavin_ds.config import LlamaConfig, RopeScaling
+from lavin_ds.errors import UserError
+from lavin_ds.models.adapters import frozen_parameters
+from lavin_ds.models.llama import Llama
+from lavin_ds.parallel import tensor_parallel_rank, tensor_parallel_size
+from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tensors
+
+SPLIT_DIM = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+IGNORABLE = re.compile(r"rope\.freqs$|rotary_emb\.inv_freq$")  # constants that old files carry along
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor: loaded, wanted but absent, in the file but of no use here."""
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+    def __str__(self) -> str:
+        text = f"{len(self.matched)} tensors loaded"
+        if self.missing:
+            text += f", {len(self.missing)} missing ({_some(self.missing)})"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} not used ({_some(self.unexpected)})"
+        return text
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a tensor that a tensor-parallel rank holds: `length` from `start` on along `dim`."""
+
+    dim: int
+    start: int
+    length: int
+
+
+class MetaLlama:
+    """A folder with params.json and consolidated.NN.pth.
+
+    Every shard holds every tensor: a part of it, or all of it. Which dimension is split shows in the shapes: that
+    of LLaMA-1 and 2's token embedding is the width, LLaMA-3's the vocabulary.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.params = _read_json(path / "params.json")
+        files = sorted(path.glob("consolidated.*.pth"))
+        numbers = [file.name.split(".")[1] for file in files]
+        if numbers != [f"{i:02d}" for i in range(len(files))]:
+            raise UserError(f"{path} holds shards {', '.join(numbers)}: one is missing or too many.")
+        self.shards = [TorchFile(file, key="model") for file in files]
+        self.shapes = self.shards[0].shapes
+        for shard in self.shards[1:]:
+            if shard.shapes != self.shapes:
+                raise UserError(f"{shard.path} and {files[0]} hold different tensors: are they of one model?")
+        self.names = {name: name for name in self.shapes if not IGNORABLE.search(name)}
+
+    def described(self) -> dict[str, object]:
+        """What the files say about the model, by LlamaConfig's keys."""
+        params, n = self.params, len(self.shards)
+        facts = {key: params.get(key) for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")}
+        facts["n_kv_heads"] = params.get("n_kv_heads") or params.get("n_heads")
+        facts["rope_scaling"] = bool(params.get("use_scaled_rope"))
+        facts["ffn_dim"] = _rows(self.shapes, "layers.0.feed_forward.w1.weight", times=n)
+        facts["vocab_size"] = _rows(self.shapes, "output.weight", times=n)
+        return facts
+
+    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """UserError if the shards of `name` do not make up a tensor of that shape."""
+        shape, n = self.shapes[name], len(self.shards)
+        if self._split_dim(shape, expected) is None and shape != expected:
+            raise UserError(
+                f"{self.path}: {name} is {list(shape)} in each of {n} shard{'s' * (n > 1)}, but the recipe's "
+                f"model.llm makes it {list(expected)} in all."
+            )
+
+    def _split_dim(self, shape: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+        n = len(self.shards)
+        split = [d for d in range(len(whole)) if len(shape) == len(whole) and shape[d] != whole[d]]
+        return split[0] if len(split) == 1 and shape[split[0]] * n == whole[split[0]] else None
+
+    def copy(self, name: str, target: torch.Tensor, part: Slice, whole: tuple[int, ...], head_dim: int) -> None:
+        """Fills `target` with that part of a tensor whose whole shape is `whole`."""
+        split = self._split_dim(self.shapes[name], whole)
+        for number, shard in enumerate(self.shards if split is not None else self.shards[:1]):
+            source, into = shard.tensor(name), target
+            if split is None or split != part.dim:
+                if split is not None:  # split one way in the file and another over the ranks
+                    width = source.shape[split]
+                    into = target.narrow(split, number * width, width)
+                source = source.narrow(part.dim, part.start, part.length)
+            else:
+                offset = number * source.shape[split]
+                first = max(part.start, offset)
+                last = min(part.start + part.length, offset + source.shape[split])
+                if first >= last:
+                    continue
+                source = source.narrow(split, first - offset, last - first)
+                into = target.narrow(split, first - part.start, last - first)
+            into.copy_(source)
+            shard.release(source)
+
+
+class HuggingFaceLlama:
+    """A folder with config.json and model.safetensors or pytorch_model.bin, in one piece or by an index."""
+
+    NAMES = {
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    LAYER_NAMES = {
+        "self_attn.q_proj.weight": "attention.wq.weight",
+        "self_attn.k_proj.weight": "attention.wk.weight",
+        "self_attn.v_proj.weight": "attention.wv.weight",
+        "self_attn.o_proj.weight": "attention.wo.weight",
+        "mlp.gate_proj.weight": "feed_forward.w1.weight",
+        "mlp.down_proj.weight": "feed_forward.w2.weight",
+        "mlp.up_proj.weight": "feed_forward.w3.weight",
+        "input_layernorm.weight": "attention_norm.weight",
+        "post_attention_layernorm.weight": "ffn_norm.weight",
+    }
+    ROTATED = ("attention.wq.weight", "attention.wk.weight")
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.params = _read_json(path / "config.json")
+        for key in ("attention_bias", "mlp_bias"):
+            if self.params.get(key):
+                raise UserError(f"{path / 'config.json'} has {key}: this is not a LLaMA, and its biases would be lost.")
+        self.files = _huggingface_files(path)
+        self.file_of: dict[str, SafetensorsFile | TorchFile] = {}
+        for file in self.files:
+            self.file_of.update(dict.fromkeys(file.shapes, file))
+        self.shapes = {name: file.shapes[name] for name, file in self.file_of.items()}
+        self.names = self._model_names()
+
+    def described(self) -> dict[str, object]:
+        """What the files say about the model, by LlamaConfig's keys."""
+        params = self.params
+        heads = params.get("num_attention_heads")
+        rope = params.get("rope_parameters") or {}
+        return {
+            "dim": params.get("hidden_size"),
+            "n_layers": params.get("num_hidden_layers"),
+            "n_heads": heads,
+            "n_kv_heads": params.get("num_key_value_heads") or heads,
+            "ffn_dim": params.get("intermediate_size"),
+            "vocab_size": _rows(self.shapes, "model.embed_tokens.weight"),
+            "norm_eps": params.get("rms_norm_eps"),
+            "rope_theta": params.get("rope_theta", rope.get("rope_theta")),
+            "rope_scaling": self._rope_scaling(params.get("rope_scaling") or rope),
+        }
+
+    def _rope_scaling(self, scaling: dict) -> RopeScaling | bool:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return False
+        if kind != "llama3":
+            raise UserError(f"{self.path / 'config.json'} scales rotary positions by '{kind}': only 'llama3' is known.")
+        return RopeScaling(**{key: scaling[key] for key in RopeScaling.model_fields if key in scaling})
+
+    def _model_names(self) -> dict[str, str]:
+        """The model's name of every tensor, to its name in the files; unknown names stand for themselves."""
+        names = {}
+        for theirs in self.shapes:
+            if IGNORABLE.search(theirs):
+                continue
+            layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", theirs)
+            if layer and layer[2] in self.LAYER_NAMES:
+                names[f"layers.{layer[1]}.{self.LAYER_NAMES[layer[2]]}"] = theirs
+            else:
+                names[self.NAMES.get(theirs, theirs)] = theirs
+        if "output.weight" not in names and self.params.get("tie_word_embeddings"):
+            names["output.weight"] = "model.embed_tokens.weight"
+        return names
+
+    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """UserError if tensor `name` (the model's) has another shape."""
+        theirs = self.names[name]
+        if self.shapes[theirs] != expected:
+            raise UserError(
+                f"{self.path}: {theirs} is {list(self.shapes[theirs])}, but the recipe's model.llm makes it "
+                f"{list(expected)}."
+            )
+
+    def copy(self, name: str, target: torch.Tensor, part: Slice, whole: tuple[int, ...], head_dim: int) -> None:
+        """Fills `target` with that part of a tensor."""
+        theirs = self.names[name]
+        file = self.file_of[theirs]
+        source = file.tensor(theirs).narrow(part.dim, part.start, part.length)
+        if name.endswith(self.ROTATED):
+            # Hugging Face keeps a head's even features before its odd ones, Meta as neighbours. A rank holds whole
+            # heads, so every slice can be put back by itself.
+            pairs = source.unflatten(0, (-1, 2, head_dim // 2))
+            target.view(-1, head_dim // 2, 2, target.shape[1]).copy_(pairs.transpose(1, 2))
+        else:
+            target.copy_(source)
+        file.release(source)
+
+
+def open_llama(path: Path) -> MetaLlama | HuggingFaceLlama:
+    """Opens a folder of LLaMA weights without reading the tensors.
+
+    Raises:
+        UserError: no such folder, neither layout in it, or a file that cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"No LLaMA at {path}: give a folder with Meta's or Hugging Face's files.")
+    if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
+        return MetaLlama(path)
+    if (path / "config.json").is_file():
+        return HuggingFaceLlama(path)
+    raise UserError(
+        f"{path} holds no LLaMA: expected params.json with consolidated.NN.pth (Meta), or config.json with "
+        "*.safetensors or pytorch_model*.bin (Hugging Face)."
+    )
+
+
+def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every frozen tensor's whole shape, by name."""
+    D, F, K = config.dim, config.ffn_dim, config.head_dim
+    block = {
+        "attention.wq.weight": (config.n_heads * K, D),
+        "attention.wk.weight": (config.kv_heads * K, D),
+        "attention.wv.weight": (config.kv_heads * K, D),
+        "attention.wo.weight": (D, config.n_heads * K),
+        "feed_forward.w1.weight": (F, D),
+        "feed_forward.w2.weight": (D, F),
+        "feed_forward.w3.weight": (F, D),
+        "attention_norm.weight": (D,),
+        "ffn_norm.weight": (D,),
+    }
+    shapes = {"tok_embeddings.weight": (config.vocab_size, D), "norm.weight": (D,)}
+    for layer in range(config.n_layers):
+        shapes.update({f"layers.{layer}.{name}": shape for name, shape in block.items()})
+    shapes["output.weight"] = (config.vocab_size, D)
+    return shapes
+
+
+def check_llama(path: Path, config: LlamaConfig) -> MetaLlama | HuggingFaceLlama:
+    """Opens a folder and compares it with the recipe, from JSON and tensor headers alone.
+
+    Raises:
+        UserError: as open_llama; or the files and the recipe disagree in a number or a shape; or a tensor is missing.
+    """
+    files = open_llama(path)
+    _compare(files, config)
+    missing = [name for name in llama_shapes(config) if name not in files.names]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors of a LLaMA: {_some(missing)}. Is its download complete?")
+    for name, shape in llama_shapes(config).items():
+        files.check_shape(name, shape)
+    return files
+
+
+def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None] | None = None) -> LoadReport:
+    """Fills the frozen parameters of `model` on this rank, cast to their dtype; adapters are not touched.
+
+    on_progress(done, total) is called after every tensor.
+
+    Raises:
+        UserError: see check_llama.
+    """
+    files = check_llama(path, model.config)
+    wholes = llama_shapes(model.config)
+    split_dims = {
+        f"{owner}.weight": SPLIT_DIM[type(module)]
+        for owner, module in model.named_modules()
+        if type(module) in SPLIT_DIM
+    }
+    parameters = frozen_parameters(model)
+    with torch.no_grad():
+        for done, (name, parameter) in enumerate(parameters.items(), start=1):
+            part = Slice(0, 0, wholes[name][0])
+            if name in split_dims and tensor_parallel_size() > 1:
+                dim = split_dims[name]
+                part = Slice(dim, tensor_parallel_rank() * parameter.shape[dim], parameter.shape[dim])
+            files.copy(name, parameter.data, part, wholes[name], model.config.head_dim)
+            if on_progress:
+                on_progress(done, len(parameters))
+    unexpected = [name for name in files.names if name not in parameters]
+    return LoadReport(matched=list(parameters), missing=[], unexpected=unexpected)
+
+
+def _compare(files: MetaLlama | HuggingFaceLlama, config: LlamaConfig) -> None:
+    """Every number that the files state against the recipe's; a number they do not state is not compared."""
+    described = files.described()
+    scaling = described.pop("rope_scaling")
+    recipe = config.model_dump() | {"n_kv_heads": config.kv_heads}
+    for key, theirs in described.items():
+        if theirs is None:
+            continue
+        if not isinstance(theirs, (int, float)):
+            raise UserError(f"{files.path}: its description of {key} must be a number, not {theirs!r}.")
+        if not math.isclose(theirs, recipe[key], rel_tol=1e-9):
+            raise UserError(
+                f"The recipe's model.llm.{key} is {recipe[key]:g}, but {files.path} has {theirs:g}: "
+                f"set model.llm.{key}={theirs:g} or give the weights the recipe is for."
+            )
+    # Meta's params.json says only that there is a scaling.
+    agrees = bool(scaling) == bool(config.rope_scaling) if isinstance(scaling, bool) else scaling == config.rope_scaling
+    if not agrees:
+        raise UserError(
+            f"The recipe's model.llm.rope_scaling is {config.rope_scaling}, but {files.path} has "
+            f"{scaling or 'none'}: make them agree."
+        )
+
+
+def _huggingface_files(path: Path) -> list[SafetensorsFile | TorchFile]:
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / index_name).is_file():
+            weight_map = _read_json(path / index_name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{path / index_name} has no weight_map: it is not an index of weights.")
+            absent = sorted({name for name in weight_map.values() if not (path / name).is_file()})
+            if absent:
+                raise UserError(f"{path / index_name} names {_some(absent)}, which {path} lacks: download the rest.")
+            return [open_tensors(path / name) for name in sorted(set(weight_map.values()))]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        files = sorted(path.glob(pattern))
+        if files:
+            return [open_tensors(file) for file in files]
+    raise UserError(f"{path} has a config.json but neither *.safetensors nor pytorch_model*.bin beside it.")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _rows(shapes: dict[str, tuple[int, ...]], name: str, times: int = 1) -> int | None:
+    return shapes[name][0] * times if name in shapes else None
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

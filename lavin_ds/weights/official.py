@@ -1,0 +1,138 @@
+"""The LaVIN authors' checkpoints: importing them, and exporting adapters in their layout.
+
+Their training script writes `checkpoint-N.pth` with keys model, optimizer, epoch, scaler and args; `model` holds the
+trainable parameters, with a `module.` prefix under data parallelism (reference.md, sections 6 and 10). Only tensors
+and an argparse.Namespace are unpickled. Their adapters want `compat: lavin-official` to give their numbers.
+
+    theirs                                                          ours
+    layers.N.adapter_attn.*                                         llm.layers.N.adapters.attention.*
+    backbone.visual.transformer.resblocks.N.adapter_attn.*          vision.blocks.N.adapters.attention.*
+      conv_A.{weight [R, D, 1], bias}                                 down_{weight [R, D], bias}
+      conv_B.*, conv_D.* {weight [D, R/G, 1], bias}                   up_{weight,bias}_0, up_{weight,bias}_1
+      conv_B.* (without a router)                                     up_{weight,bias}
+      expert_weights.{weight [2, D], bias}                            router_{weight,bias}
+    adapter_proj.conv_A.*, adapter_proj.conv_B.*                    neck.down_*, neck.up_*
+    adapter_modality_embedding.weight                               modality.weight
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lavin_ds.config import RunConfig
+from lavin_ds.errors import UserError
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.weights.adapter import fill_trainable
+from lavin_ds.weights.tensor_files import load_torch
+
+OWNERS = [
+    (re.compile(r"llm\.layers\.(\d+)\.adapters\.attention\.(\w+)"), r"layers.\1.adapter_attn."),
+    (
+        re.compile(r"vision\.blocks\.(\d+)\.adapters\.attention\.(\w+)"),
+        r"backbone.visual.transformer.resblocks.\1.adapter_attn.",
+    ),
+]
+CONVOLUTIONS = {"down": "conv_A", "up_0": "conv_B", "up_1": "conv_D", "up": "conv_B", "router": "expert_weights"}
+WHOLE_NAMES = {
+    "neck.down_weight": "adapter_proj.conv_A.weight",
+    "neck.down_bias": "adapter_proj.conv_A.bias",
+    "neck.up_weight": "adapter_proj.conv_B.weight",
+    "neck.up_bias": "adapter_proj.conv_B.bias",
+    "modality.weight": "adapter_modality_embedding.weight",
+}
+
+
+def official_name(name: str) -> str:
+    """The authors' name of one of Lavin.trainable().
+
+    Raises:
+        UserError: their layout has no such parameter.
+    """
+    if name in WHOLE_NAMES:
+        return WHOLE_NAMES[name]
+    for pattern, prefix in OWNERS:
+        match = pattern.fullmatch(name)
+        if match:
+            part = re.fullmatch(r"(down|up|router)_(weight|bias)(_[01])?", match[2])
+            if part:
+                return match.expand(prefix) + f"{CONVOLUTIONS[part[1] + (part[3] or '')]}.{part[2]}"
+    raise UserError(f"The authors' layout has no place for {name}: export it with --layout safetensors.")
+
+
+def is_convolution(official: str) -> bool:
+    """Whether a tensor carries the width 1 of a convolution as a last dimension in the authors' layout."""
+    return bool(re.search(r"adapter_attn\.conv_[ABD]\.weight$", official))
+
+
+def import_official(model: Lavin, file: Path) -> argparse.Namespace:
+    """Fills every trainable parameter of `model` from the authors' checkpoint; returns its training arguments.
+
+    Raises:
+        UserError: the file cannot be read safely, or its tensors or arguments do not fit the recipe.
+    """
+    content = load_torch(file, allowed_globals=(argparse.Namespace,))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{file} is not a checkpoint of the LaVIN authors' training script: it has no key 'model'.")
+    arguments = content.get("args") or argparse.Namespace()
+    _check_arguments(arguments, model, file)
+    theirs = {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
+    tensors = {}
+    for name in model.trainable():
+        official = official_name(name)
+        if official in theirs:
+            tensor = theirs.pop(official)
+            tensors[name] = tensor.squeeze(-1) if is_convolution(official) else tensor
+    # What is left over keeps its own name, so that the error says it.
+    fill_trainable(model, tensors | theirs, where=str(file))
+    return arguments
+
+
+def _check_arguments(arguments: argparse.Namespace, model: Lavin, file: Path) -> None:
+    """Numbers that no tensor's shape tells, or tells badly."""
+    adapter = model.config.llm_adapter
+    for argument, key, ours in [
+        ("adapter_dim", "llm_adapter.dim", adapter.dim),
+        ("adapter_scale", "llm_adapter.scale", adapter.scale),
+        ("temperature", "llm_adapter.temperature", adapter.temperature),
+        ("hidden_proj", "neck_dim", model.config.neck_dim),
+    ]:
+        theirs = getattr(arguments, argument, ours)
+        if theirs != ours:
+            raise UserError(
+                f"{file} was trained with {argument} {theirs}, but the recipe's model.{key} is {ours}: "
+                f"set model.{key}={theirs}."
+            )
+
+
+def official_bytes(tensors: Mapping[str, torch.Tensor], config: RunConfig) -> bytes:
+    """Adapters (Lavin.trainable(), by name) as the content of a file that the authors' evaluation reads.
+
+    Raises:
+        UserError: their layout has no place for one of them.
+    """
+    model = {}
+    for name, tensor in tensors.items():
+        official = official_name(name)
+        tensor = tensor.detach().to("cpu", torch.float32).clone()
+        model[f"module.{official}"] = tensor.unsqueeze(-1) if is_convolution(official) else tensor
+    arguments = argparse.Namespace(
+        adapter_type="attn",
+        visual_adapter_type="router",
+        adapter_dim=config.model.llm_adapter.dim,
+        adapter_scale=config.model.llm_adapter.scale,
+        temperature=config.model.llm_adapter.temperature,
+        hidden_proj=config.model.neck_dim,
+        n_prompt=config.model.visual_tokens,
+        max_seq_len=config.data.max_length,
+        prompt_format=config.data.prompt_format,
+    )
+    content = {"model": model, "epoch": int(config.training.epochs) - 1, "args": arguments}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,126 @@
+"""Files of named tensors, opened without reading them: .safetensors, and torch's zip files (.pth, .pt, .bin).
+
+Tensors come out as views of the mapped file: a byte is read when it is touched, so a slice costs only itself.
+Nothing in a file is executed: torch files are unpickled by torch's `weights_only` reader.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lavin_ds.errors import UserError
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+class SafetensorsFile:
+    """One .safetensors file; only its header is read.
+
+    Raises:
+        UserError: not a safetensors file, or shorter than its header says.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error}): is its download complete?") from None
+        except RuntimeError as error:  # torch's
+            raise UserError(f"{path} cannot be mapped ({error}): has this machine less memory than the file?") from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        names = self._file.keys()
+        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.get_slice(name)[...]
+
+    def release(self, tensor: torch.Tensor) -> None:
+        _release(tensor)
+
+
+class TorchFile:
+    """One torch zip file that holds a dict of tensors, or a dict with one under `key` or "state_dict".
+
+    Raises:
+        UserError: not such a file, in the format from before torch 1.6, a TorchScript archive, or one that asks
+            for more than tensors.
+    """
+
+    def __init__(self, path: Path, key: str = "state_dict", allowed_globals: tuple = ()):
+        self.path = path
+        content = load_torch(path, allowed_globals)
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+        if not isinstance(content, dict) or not any(isinstance(v, torch.Tensor) for v in content.values()):
+            raise UserError(f"{path} holds no named tensors: expected a state dict saved by torch.save.")
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def release(self, tensor: torch.Tensor) -> None:
+        _release(tensor)
+
+
+def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
+    """torch.load, mapped and without executing anything; `allowed_globals` are classes it may build besides."""
+    allowed = torch.serialization.safe_globals(list(allowed_globals)) if allowed_globals else nullcontext()
+    try:
+        with allowed:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path} asks to build {wanted.group(1) if wanted else 'an object'}, which is not a tensor, so it is "
+            "not opened. Save its state dict alone, best as .safetensors."
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition(". ")[0]
+        raise UserError(
+            f"{path} cannot be read as a torch file ({reason}): is its download complete? A file from before "
+            "torch 1.6 must be saved again by a newer torch."
+        ) from None
+
+
+def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
+    """Opens a file by its suffix.
+
+    Raises:
+        UserError: it does not exist, or is neither .safetensors nor a torch file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file.")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile(path)
+    raise UserError(f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}.")
+
+
+def _release(tensor: torch.Tensor) -> None:
+    """Gives back the resident pages of a mapped tensor; they are read again if it is touched again.
+
+    Without this the whole file would count as this process's memory beside the copy made from it.
+    """
+    if sys.platform != "linux":
+        return
+    storage = tensor.untyped_storage()
+    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(start, end - start, mmap.MADV_DONTNEED)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+import transformers
+
+from lavin_ds.config import LlamaConfig, RopeScaling
+from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.weights.llama import load_llama
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
+    """Hugging Face's model with random weights, and ours loaded from what it saved."""
+    torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_theta": rope_theta, **(scaling or {"rope_type": "default"})}}
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        rope = {"rope_theta": rope_theta, "rope_scaling": scaling}
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SHAPE,
+            **rope,
+            num_key_value_heads=kv_heads,
+            vocab_size=100,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+    theirs.save_pretrained(folder, max_shard_size="100KB")
+    numbers = {k: v for k, v in (scaling or {}).items() if k != "rope_type"}
+    config = LlamaConfig(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=kv_heads,
+        ffn_dim=96,
+        vocab_size=100,
+        rope_theta=rope_theta,
+        rope_scaling=RopeScaling(**numbers) if numbers else None,
+    )
+    ours = Llama(config).eval()
+    load_llama(ours, folder)
+    return theirs, ours
+
+
+@pytest.mark.parametrize(
+    "kv_heads, tied, rope_theta, scaling",
+    [(4, False, 1e4, None), (2, False, 5e5, None), (1, True, 1e4, None), (2, True, 5e5, LLAMA_31)],
+    ids=["multi-head", "grouped", "one-kv-head-tied", "llama-3.1"],
+)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(tmp_path, kv_heads, tied, rope_theta, scaling):
+    theirs, ours = pair(tmp_path, kv_heads, tied, rope_theta, scaling)
+    ids = torch.randint(0, 100, (3, 90), generator=torch.Generator().manual_seed(1))
+    want = theirs(ids).logits
+    got = ours.logits(ours(ours.embed(ids)))
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_cached_decoding_of_prompts_of_unequal_length_gives_the_uncached_logits(tmp_path):
+    _, ours = pair(tmp_path, kv_heads=2)
+    ids = torch.randint(0, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    whole = ours.logits(ours(ours.embed(ids)))
+    lengths = torch.tensor([4, 7])
+    cache = KVCache(12, lengths)
+    ours(ours.embed(ids[:, :7]), cache=cache)
+    for step in range(5):
+        at = lengths + step
+        h = ours(ours.embed(ids[torch.arange(2), at][:, None]), cache=cache)
+        torch.testing.assert_close(ours.logits(h[:, 0]), whole[torch.arange(2), at], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_trained_llama_writes_its_published_story_cached_and_uncached(shared):
+    import sentencepiece
+
+    folder = shared / "data" / "stories260k"
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    published = (folder / "greedy.txt").read_text().rstrip("\n")
+    model = Llama(LlamaConfig(dim=64, n_layers=5, n_heads=8, ffn_dim=172, vocab_size=512, norm_eps=1e-5))
+    load_llama(model, folder)
+    count = 256
+
+    cached, cache = [1], KVCache(count + 1, torch.tensor([1]))
+    h = model(model.embed(torch.tensor([cached])), cache=cache)
+    for _ in range(count):
+        cached.append(int(model.logits(h[0, -1]).argmax()))
+        h = model(model.embed(torch.tensor([[cached[-1]]])), cache=cache)
+    assert tokenizer.decode(cached[1:]).startswith(published)
+
+    uncached = model.logits(model(model.embed(torch.tensor([cached[:-1]]))))[0].argmax(-1)
+    assert uncached.tolist() == cached[1:]
+
+
+def test_the_loss_of_many_rows_is_that_of_their_logits_at_once(fill, monkeypatch):
+    model = fill(Llama(LlamaConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=64)))
+    monkeypatch.setattr("lavin_ds.models.llama.LOSS_CHUNK", 7)
+    h = torch.randn(20, 32, requires_grad=True)
+    targets = torch.randint(0, 64, (20,))
+    loss = model.token_loss(h, targets)
+    (gradient,) = torch.autograd.grad(loss, h)
+    want = torch.nn.functional.cross_entropy(model.logits(h), targets, reduction="sum")
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, h)[0])

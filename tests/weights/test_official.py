@@ -1,0 +1,96 @@
+import argparse
+import json
+
+import pytest
+import torch
+from weights_helpers import CONFIG, export, filled, same_trainables
+
+from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, RunConfig, VisionConfig
+from lavin_ds.errors import UserError
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.weights.official import import_official, official_bytes, official_name
+
+
+@pytest.fixture
+def golden(shared) -> tuple[RunConfig, object, list[dict]]:
+    """The recipe of golden/v1, its checkpoint, and what its params.json says."""
+    folder = shared / "golden" / "v1"
+    adapter = AdapterConfig(kind="mm", temperature=10)
+    model = ModelConfig(
+        llm=LlamaConfig(dim=128, n_layers=4, n_heads=4, ffn_dim=352, vocab_size=1000),
+        vision=VisionConfig(width=128, layers=12, heads=2, patch_size=14, image_size=56),
+        llm_adapter=adapter,
+        vision_adapter=adapter,
+        neck_dim=16,
+        frozen_dtype="fp32",
+    )
+    parameters = json.loads((folder / "params.json").read_text())
+    return RunConfig(name="golden", model=model), folder / "checkpoint-19.pth", parameters
+
+
+def test_the_authors_checkpoint_goes_in_and_comes_out_the_same(golden, tmp_path):
+    config, file, parameters = golden
+    model = Lavin(config.model)
+    arguments = import_official(model, file)
+    assert arguments.epochs == 20
+    sums = {p["name"]: p["sum"] for p in parameters if p["trainable"]}
+    assert {official_name(name) for name in model.trainable()} == set(sums)
+    for name, parameter in model.trainable().items():
+        assert parameter.double().sum().item() == pytest.approx(sums[official_name(name)], rel=1e-9)
+
+    exported = tmp_path / "checkpoint-0.pth"
+    exported.write_bytes(official_bytes(model.trainable(), config))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        theirs, ours = (torch.load(f, weights_only=True)["model"] for f in (file, exported))
+    assert set(theirs) == set(ours)
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def write(file, model, **changes):
+    content = {"model": changes.pop("tensors", {}), "args": argparse.Namespace(**changes)}
+    if not content["model"]:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file.write_bytes(official_bytes(model.trainable(), CONFIG))
+            content["model"] = torch.load(file, weights_only=True)["model"]
+    torch.save(content, file)
+    return file
+
+
+def test_arguments_that_no_shape_tells_are_compared_with_the_recipe(tmp_path):
+    file = write(tmp_path / "checkpoint-1.pth", filled(), temperature=10.0)
+    with pytest.raises(UserError, match="temperature 10.0, but the recipe's model.llm_adapter.temperature is 5.0"):
+        import_official(filled(), file)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    tensors = {"module.layers.0.adapter_attn.conv_A.weight": torch.zeros(4, 32, 1), "adapter_other": torch.zeros(1)}
+    file = write(tmp_path / "checkpoint-1.pth", filled(), tensors=tensors)
+    with pytest.raises(UserError, match=r"lacks llm.layers.0.adapters.attention.down_bias.*besides adapter_other"):
+        import_official(filled(), file)
+
+
+def test_nothing_but_tensors_and_a_namespace_is_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="not a tensor"):
+        import_official(filled(), tmp_path / "evil.pth")
+    torch.save({"weights": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no key 'model'"):
+        import_official(filled(), tmp_path / "other.pth")
+
+
+def test_what_the_authors_layout_has_no_place_for_is_refused():
+    with pytest.raises(UserError, match="no place for llm.layers.0.adapters.ffn.down_weight"):
+        official_name("llm.layers.0.adapters.ffn.down_weight")
+
+
+def test_a_run_exports_to_the_authors_layout(run, tmp_path, files):
+    out = tmp_path / "checkpoint-19.pth"
+    result = export("--run", run, "--out", out, "--layout", "official")
+    assert result.exit_code == 0, result.output
+    model = filled(seed=1)
+    import_official(model, out)
+    assert same_trainables(files[0], model)
