@@ -2,9 +2,9 @@
 
 Half the questions are about a picture, half are text alone; seven kinds of each take turns.
 
-No picture question can be answered from its text. What the picture shows is drawn first, then the wrong choices
-from the same pool, then the order; the question, the hint and the lecture do not depend on what is shown. Every
-choice is therefore equally likely given the text, and a reader who cannot see scores 1 / number of choices.
+No picture question can be answered from its text. What the picture shows is drawn first, then the wrong
+choices from the same pool, then the order; the question, the hint and the lecture do not depend on what is
+shown. Every choice is therefore equally likely given the text: a reader who cannot see scores 1 / choices.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _tint(rng: Random, color: str) -> RGB:
 
 
 def _around(x: float, y: float, radii: Sequence[float], turn: float) -> list[tuple[float, float]]:
-    """Corners of a polygon around (x, y), one for each radius, the first at `turn` radians clockwise from the top."""
+    """Corners around (x, y), one for each radius; the first is `turn` radians clockwise from the top."""
     step = 2 * math.pi / len(radii)
     return [(x + r * math.sin(turn + i * step), y - r * math.cos(turn + i * step)) for i, r in enumerate(radii)]
 
@@ -430,7 +430,7 @@ def _order_choices(rng: Random, item: Item) -> list[str]:
 
 
 def make_sample(seed: int, split: str, index: int) -> Sample:
-    """Record number `index` of a split. Depends on its three arguments alone; the kinds take turns with `index`."""
+    """Record number `index` of a split, from its three arguments alone; the kinds take turns with `index`."""
     rng = Random(f"lavin-ds sample {seed} {split} {index}")
     kind = list(KINDS.values())[index % len(KINDS)]
     item = kind.draw(rng)
@@ -458,7 +458,7 @@ def make_sample(seed: int, split: str, index: int) -> Sample:
 def generate(out: Path, seed: int = 0, train: int = 2400, val: int = 140, test: int = 420) -> None:
     """Writes problems.json, pid_splits.json, captions.json and images/SPLIT/PID/image.png under `out`.
 
-    The same arguments write the same bytes; another seed writes other questions and pictures of the same kinds.
+    The same arguments write the same bytes; another seed writes other questions of the same kinds.
     """
     problems, splits, captions = {}, {}, {}
     for split, size in {"train": train, "val": val, "test": test}.items():

@@ -39,7 +39,9 @@ class Quickstart:
         self.step = 0
 
     def run(self, progress: Progress, show_profile: Callable[[Path], None]) -> dict:
-        """All steps; `show_profile(run)` prints what `lavin-ds profile --run` does. Returns the summary, which is also in OUT/summary.json.
+        """All steps; returns the summary, which is also in OUT/summary.json.
+
+        show_profile: prints for a run what `lavin-ds profile --run` does.
 
         Raises:
             UserError: `out` is in the way, or a step failed.
@@ -80,9 +82,7 @@ class Quickstart:
         out = self.out / "eval-base.json"
         words = ["--recipe", "tiny-base", "--llama", self.base / "llama", "--data", self.shards, "--out", out]
         self._show("Ask the frozen base", "eval", "scienceqa", *words)
-        arguments = evaluation.EvalArguments(
-            recipe="tiny-base", llama=self.base / "llama", data=self.shards, out=out
-        )
+        arguments = evaluation.EvalArguments(recipe="tiny-base", llama=self.base / "llama", data=self.shards, out=out)
         return self._evaluate(arguments, progress)
 
     def _train_and_evaluate(self, recipe: str, name: str, progress: Progress) -> dict:
@@ -128,7 +128,6 @@ class Quickstart:
             "chance": {column: score["chance"] for column, score in tables["lavin"].items()},
             "questions": {column: score["count"] for column, score in tables["lavin"].items()},
             "trainable_parameters": trained["trainable_parameters"],
-            "parameters": trained["parameters"],
             "adapter_bytes": adapter.stat().st_size,
             "seconds": round(seconds, 1),
             "training_seconds": round(trained["seconds"], 1),

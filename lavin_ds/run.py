@@ -1,10 +1,10 @@
 """A run directory: everything a training run leaves behind, and enough to start it again.
 
-    RUN/run.json             the resolved configuration, the inputs, the versions (this file's RunRecord)
-    RUN/metrics.jsonl        one line an optimizer step
-    RUN/checkpoints/         trainables, optimizer and position, to resume from
-    RUN/adapter.safetensors  the trained adapters, once the run is complete
-    RUN/summary.json         what it cost: steps, seconds, peak memory
+RUN/run.json             the resolved configuration, the inputs, the versions (this file's RunRecord)
+RUN/metrics.jsonl        one line an optimizer step
+RUN/checkpoints/         trainables, optimizer and position, to resume from
+RUN/adapter.safetensors  the trained adapters, once the run is complete
+RUN/summary.json         what it cost: steps, seconds, peak memory
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ def quickstart(
 
     Every step is a command of its own, and shown as it runs.
     """
+    from lavin_ds.cli.profile import show_run
     from lavin_ds.quickstart import Quickstart
 
     console.err.print(
@@ -30,7 +31,7 @@ def quickstart(
         "It takes a few minutes on two CPU cores.",
         highlight=False,
     )
-    summary = Quickstart(out, seed, on_command=_show_command).run(console.progress)
+    summary = Quickstart(out, seed, on_command=_show_command).run(console.progress, show_run)
     if as_json:
         print(json.dumps(summary, indent=2))
         return
@@ -44,7 +45,9 @@ def _show_command(number: int, total: int, meaning: str, command: list[str]) -> 
 
 
 def _accuracy_table(summary: dict) -> Table:
-    table = Table(title="Accuracy on held-out questions, %", title_justify="left", caption=CAPTION, caption_justify="left")
+    table = Table(
+        title="Accuracy on held-out questions, %", title_justify="left", caption=CAPTION, caption_justify="left"
+    )
     table.add_column("")
     for column in summary["chance"]:
         table.add_column(column, justify="right", style="bold" if column == "IMG" else "")
@@ -62,7 +65,7 @@ def _cost_table(summary: dict) -> Table:
     table = Table(title="What it took", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("trainable parameters", f"{summary['trainable_parameters']:,} of {summary['parameters']:,}")
+    table.add_row("trainable parameters", f"{summary['trainable_parameters']:,}")
     table.add_row("adapter file", f"{summary['adapter_bytes'] / 1e3:,.0f} kB")
     table.add_row("time", f"{summary['seconds']:.0f} s, of which LaVIN trained {summary['training_seconds']:.0f} s")
     table.add_row("peak memory", f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB in the largest process")

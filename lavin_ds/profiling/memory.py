@@ -1,0 +1,255 @@
+"""Memory of a training step: simulated at full size without a GPU, and as a finished run recorded it.
+
+The simulation runs one real optimizer step of the real model (forward, backward, AdamW) on fake tensors and
+follows every storage (tracker.py). It counts tensors. It does not count the CUDA context (about 0.5 GB),
+cuBLAS workspaces or what the allocator loses to fragmentation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lavin_ds.config import ModelConfig, RunConfig
+from lavin_ds.data.collate import Batch
+from lavin_ds.data.layout import IGNORE
+from lavin_ds.errors import UserError
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, make_fake
+from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker
+from lavin_ds.profiling.zero import ZeroShare, zero_share
+from lavin_ds.run import adapter_file
+
+NO_ZERO = ZeroShare(stage=0, optimizer=1.0, buffers=0)
+VISUAL_START = 4  # behind BOS and "Image: ", 3 pieces in LLaMA's tokenizer; costs nothing either way
+
+COMPONENTS = {
+    "frozen": "frozen weights: LLaMA and ViT",
+    "adapters": "trainable parameters: adapters, neck, modality embedding",
+    "gradients": "gradients of the trainable parameters",
+    "optimizer": "AdamW's two moments",
+    "zero": "DeepSpeed's ZeRO buffers (by formula, not simulated)",
+    "batch": "token ids, labels and images of the micro-batch",
+    "activations": "kept from forward for backward",
+    "logits": "rows over the vocabulary, and what the loss makes of them",
+    "temporaries": "everything else: gradients of activations, recomputed activations, scratch",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One micro-batch. `length` counts positions of a sample with the modality token, all samples alike."""
+
+    samples: int
+    length: int
+    image_fraction: float = 1.0  # of the samples
+    labelled_fraction: float = 1.0  # of the positions, at the end of each sample
+
+    def __post_init__(self):
+        if self.samples < 1 or self.length < 2:
+            raise UserError(f"A micro-batch needs a sample of 2 positions: got {self.samples} of {self.length}.")
+        for name in ("image_fraction", "labelled_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1.")
+
+    @property
+    def images(self) -> int:
+        return round(self.samples * self.image_fraction)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What one optimizer step of one rank holds and computes.
+
+    `phases` holds each phase's peak by component, bytes, keys of COMPONENTS: the phases are forward, backward
+    and update. `moments` says by which operator each of those peaks was reached.
+    """
+
+    workload: Workload
+    phases: dict[str, dict[str, int]]
+    moments: dict[str, str]
+    operations: list[Operation]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def components(self) -> dict[str, int]:
+        """What the peak is made of."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def moment(self) -> str:
+        return f"{self.peak_phase}, {self.moments[self.peak_phase]}"
+
+    def flops(self, phase: str | None = None) -> int:
+        return sum(o.flops for o in self.operations if phase in (None, o.phase))
+
+    def as_dict(self) -> dict:
+        return {
+            "workload": asdict(self.workload),
+            "peak_bytes": self.peak_bytes,
+            "moment": self.moment,
+            "components": self.components,
+            "phases": self.phases,
+            "flops": {phase: self.flops(phase) for phase in self.phases},
+        }
+
+
+def worst_case(config: RunConfig, micro_batch: int | None = None, length: int | None = None) -> Workload:
+    """The micro-batch that sets the peak: full length, an image in every sample, a label in every position."""
+    return Workload(
+        samples=micro_batch or config.training.micro_batch,
+        length=length or config.data.max_length,
+        image_fraction=1.0 if config.model.vision else 0.0,
+    )
+
+
+def make_batch(model: ModelConfig, workload: Workload) -> Batch:
+    """A micro-batch of that shape, of zeros. Images come first."""
+    B, T = workload.samples, workload.length - 1  # the model itself puts the modality token before the ids
+    labelled = min(T, round(workload.length * workload.labelled_fraction))
+    images = workload.images if model.vision else 0
+    needed = VISUAL_START + model.visual_tokens
+    if images and workload.length <= needed:
+        raise UserError(f"length {workload.length} has no room for {model.visual_tokens} visual tokens.")
+    labels_BT = torch.full((B, T), IGNORE)
+    labels_BT[:, T - labelled :] = 0
+    size = model.vision.image_size if images else 0
+    return Batch(
+        ids_BT=torch.zeros(B, T, dtype=torch.int64),
+        labels_BT=labels_BT,
+        image_B=torch.tensor([b if b < images else -1 for b in range(B)]),
+        images_NHWC=torch.zeros(images, size, size, 3, dtype=torch.uint8) if images else None,
+        visual_start=VISUAL_START if images else None,
+        lengths_B=torch.full((B,), T),
+        row_ids=[str(b) for b in range(B)],
+    )
+
+
+def simulate(config: RunConfig, workload: Workload, gpus: int = 1) -> Simulation:
+    """One optimizer step of `config` on one of `gpus` data-parallel ranks, without its memory. 20 s at 13B.
+
+    The whole model is on every rank: a tensor_parallel above 1 and ZeRO-3 would hold less, and are not simulated.
+    """
+    model = build_on_meta(config)
+    batch = make_batch(config.model, workload)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        make_fake(model)
+        if batch.images_NHWC is not None:
+            batch = Batch(**{**vars(batch), "images_NHWC": mode.from_tensor(batch.images_NHWC)})
+        with ConcreteIndices():
+            tracker = trace_step(model, batch)
+    trainable = sum(parameter.numel() for parameter in model.trainable().values())
+    return summarise(tracker, workload, zero_share(config, gpus, trainable))
+
+
+def trace_step(model: Lavin, batch: Batch) -> Tracker:
+    """Runs and tracks one optimizer step as the training loop does, on real or fake tensors."""
+    trainable = list(model.trainable().values())
+    optimizer = torch.optim.AdamW(trainable)
+    # The moments exist from the first step on: make them before the step that counts.
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    tracker = Tracker()
+    tracker.label((p for p in model.parameters() if not p.requires_grad), "frozen")
+    tracker.label(trainable, "adapters")
+    tracker.label((x for state in optimizer.state.values() for x in state.values()), "optimizer")
+    tracker.label((x for x in vars(batch).values() if isinstance(x, torch.Tensor)), "batch")
+    model.train()
+    with tracker:
+        tracker.enter_phase("forward")
+        loss_sum, labels = model(batch)
+        loss = loss_sum / max(labels, 1)
+        tracker.enter_phase("backward")
+        loss.backward()
+        tracker.enter_phase("update")
+        tracker.label((p.grad for p in trainable if p.grad is not None), "gradients")
+        optimizer.step()
+        tracker.enter_phase("end")
+    _label_the_rest(tracker, vocabulary=model.config.llm.vocab_size)
+    return tracker
+
+
+def _label_the_rest(tracker: Tracker, vocabulary: int) -> None:
+    end_of_forward = tracker.phase_ends["forward"]
+    for life in tracker.lives:
+        if life.label is None:
+            kept = life.born < end_of_forward and (life.died == ALIVE or life.died >= end_of_forward)
+            if life.shape and life.shape[-1] == vocabulary:
+                life.label = "logits"
+            else:
+                life.label = "activations" if kept else "temporaries"
+
+
+def summarise(tracker: Tracker, workload: Workload, zero: ZeroShare = NO_ZERO) -> Simulation:
+    """The peak over the step, what it is made of, and when it was."""
+    held, peaks, moments = Counter(zero=zero.buffers), {}, {}
+    for life, grows in _in_order(tracker.lives):
+        bytes = int(life.bytes * zero.optimizer) if life.label == "optimizer" else life.bytes
+        held[life.label] += bytes if grows else -bytes
+        if grows and life.phase != "setup":
+            highest = peaks.get(life.phase)
+            if highest is None or held.total() > highest.total():
+                peaks[life.phase] = held.copy()
+                moments[life.phase] = f"at {life.operator} {list(life.shape)}"
+    phases = {phase: {name: peak[name] for name in COMPONENTS} for phase, peak in peaks.items()}
+    return Simulation(workload, phases, moments, tracker.operations)
+
+
+def _in_order(lives: Iterable[Life]) -> Iterable[tuple[Life, bool]]:
+    """Births (True) and deaths (False) as they happened."""
+    moments = [(life.born, life, True) for life in lives]
+    moments += [(life.died, life, False) for life in lives if life.died != ALIVE]
+    return [(life, grows) for _, life, grows in sorted(moments, key=lambda m: m[0])]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished run recorded in its summary.json. peak_device_bytes is None where there was no GPU."""
+
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+    peak_rss_bytes: int  # of the largest rank: Python and libraries included
+    peak_device_bytes: int | None
+    trainable_parameters: int
+    adapter_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak_rss_bytes if self.peak_device_bytes is None else self.peak_device_bytes
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def measured(run: Path) -> Measured:
+    """Reads a run directory's summary.
+
+    Raises:
+        UserError: there is none yet, or it lacks a key.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{run} has no summary.json: the run is not complete. Finish it with --resume auto first.")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary["adapter_bytes"] = adapter_file(run).stat().st_size
+        return Measured(**{field.name: summary[field.name] for field in fields(Measured)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None

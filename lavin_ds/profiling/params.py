@@ -1,0 +1,86 @@
+"""Exact counts of parameters and of the bytes they take on disk, from the model itself built without memory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from lavin_ds.config import RunConfig
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.profiling.skeleton import build_on_meta
+
+FP32 = 4  # bytes; trainable parameters are fp32 whatever the base is stored in
+MOMENTS = 2  # AdamW's, fp32
+
+# Component -> where its trainable parameters live in the model.
+TRAINABLE_OWNERS = {
+    "llm_adapters": "llm.",
+    "vision_adapters": "vision.",
+    "neck": "neck.",
+    "modality_embedding": "modality.",
+}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters, and bytes. `frozen` covers only what training loads: no ViT head, no text tower."""
+
+    trainable: int
+    components: dict[str, int]  # of the trainable ones; keys of TRAINABLE_OWNERS
+    frozen: dict[str, int]  # llm, vision
+    frozen_bytes: dict[str, int]
+    adapter_file_bytes: int  # safetensors, fp32
+    checkpoint_bytes: int  # tensors to resume from: trainables and AdamW's two moments, fp32
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def count_parameters(config: RunConfig) -> ParameterCount:
+    """Counts the parameters of a recipe's model. Takes 0.3 s at 13B and no memory to speak of."""
+    model = build_on_meta(config)
+    trainable = model.trainable()
+    components = {
+        component: sum(p.numel() for name, p in trainable.items() if name.startswith(owner))
+        for component, owner in TRAINABLE_OWNERS.items()
+    }
+    total = sum(p.numel() for p in trainable.values())
+    if sum(components.values()) != total:
+        raise RuntimeError(f"components {components} do not add up to the {total} trainable parameters")
+    counts, bytes = _frozen(model)
+    return ParameterCount(
+        trainable=total,
+        components=components,
+        frozen=counts,
+        frozen_bytes=bytes,
+        adapter_file_bytes=safetensors_bytes(trainable),
+        checkpoint_bytes=(1 + MOMENTS) * FP32 * total,
+    )
+
+
+def _frozen(model: Lavin) -> tuple[dict[str, int], dict[str, int]]:
+    counts, bytes = Counter(llm=0, vision=0), Counter(llm=0, vision=0)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            part = name.split(".")[0]
+            counts[part] += parameter.numel()
+            bytes[part] += parameter.numel() * parameter.element_size()
+    return dict(counts), dict(bytes)
+
+
+def safetensors_bytes(parameters: dict[str, nn.Parameter]) -> int:
+    """Size of a safetensors file of these tensors in fp32, without metadata of its own.
+
+    8 bytes of length, a JSON header padded to a multiple of 8, then the data, both in the order of the names.
+    """
+    header, position = {}, 0
+    for name, parameter in sorted(parameters.items()):
+        size = FP32 * parameter.numel()
+        offsets = [position, position + size]
+        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": offsets}
+        position += size
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + (len(text.encode()) + 7) // 8 * 8 + position

@@ -1,0 +1,221 @@
+"""The cost report: one recipe's figures beside the published ones, every figure with how it was come by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavin_ds.config import RunConfig
+from lavin_ds.profiling import paper
+from lavin_ds.profiling.memory import COMPONENTS, Measured, Simulation, simulate, worst_case
+from lavin_ds.profiling.params import ParameterCount, count_parameters
+from lavin_ds.profiling.time import Device, TimeEstimate, TrainingSet, estimate
+
+GB = 1e9  # bytes; as data sheets and file sizes have it
+QUOTED, EXACT, SIMULATED, EXTRAPOLATED, MEASURED = "quoted", "exact", "simulated", "extrapolated", "measured"
+LEGEND = {
+    QUOTED: "printed in the papers or the authors' README",
+    EXACT: "counted from the model itself",
+    SIMULATED: "one training step of the full model on tensors without memory; no CUDA context, workspaces or "
+    "fragmentation",
+    EXTRAPOLATED: "operators of simulated steps on the device's roofline, times the recipe's steps",
+    MEASURED: "recorded by the finished run",
+}
+# The published row that a recipe stands beside.
+PAPER_ROW = {"lavin-7b": "LaVIN-7B", "lavin-7b-24gb": "LaVIN-7B", "lavin-13b": "LaVIN-13B"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure as shown, its mark (a key of LEGEND, or None where there is no figure) and its plain value."""
+
+    text: str
+    mark: str | None = None
+    value: float | None = None
+
+    def as_dict(self) -> dict:
+        return {"text": self.text, "mark": self.mark, "value": self.value}
+
+
+NOTHING = Cell("-")
+COLUMNS = ("trainable", "memory", "time", "storage")  # parameters, bytes, hours, bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    method: str
+    cells: dict[str, Cell]  # by COLUMNS
+
+    def as_dict(self) -> dict:
+        return {"method": self.method} | {name: cell.as_dict() for name, cell in self.cells.items()}
+
+
+@dataclass(frozen=True)
+class Report:
+    config: RunConfig
+    device: Device
+    gpus: int
+    parameters: ParameterCount
+    memory: Simulation
+    time: TimeEstimate | None  # None for an fp32 base: the devices' rates are for bf16
+    measured: Measured | None
+    run: Path | None
+
+    def rows(self) -> list[Row]:
+        """The papers' rows, the authors' README, then ours."""
+        rows = [_quoted(row) for row in (*paper.COST_TABLE, *paper.LITE_TABLE)]
+        rows.append(self._our_row())
+        if self.measured:
+            rows.append(self._measured_row())
+        return rows
+
+    def _our_row(self) -> Row:
+        hours = Cell(f"{self.time.hours:.1f} hours", EXTRAPOLATED, self.time.hours) if self.time else NOTHING
+        return Row(
+            f"{self.config.name} (here)",
+            {
+                "trainable": _exact(self.parameters.trainable),
+                "memory": Cell(_gb(self.memory.peak_bytes), SIMULATED, self.memory.peak_bytes),
+                "time": hours,
+                "storage": _file(self.parameters.adapter_file_bytes),
+            },
+        )
+
+    def _measured_row(self) -> Row:
+        run, seconds = self.measured, self.measured.seconds
+        return Row(
+            f"{self.run.name} (this run)",
+            {
+                "trainable": Cell(f"{run.trainable_parameters:,}", MEASURED, run.trainable_parameters),
+                "memory": Cell(_gb(run.peak_bytes), MEASURED, run.peak_bytes),
+                "time": Cell(_duration(seconds), MEASURED, seconds / 3600),
+                "storage": Cell(f"{run.adapter_bytes / 1e6:.1f} MB", MEASURED, run.adapter_bytes),
+            },
+        )
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak_bytes < self.device.memory * GB
+
+    def notes(self) -> list[str]:
+        """What must be known to read the figures."""
+        workload, config = self.memory.workload, self.config
+        checkpointing = "every block recomputed" if config.training.activation_checkpointing else "no recomputation"
+        notes = [
+            f"Memory: a micro-batch of {workload.samples} x {workload.length} positions, "
+            f"{workload.images} with an image, {workload.labelled_fraction:.0%} labelled, {checkpointing}; peak in "
+            f"{self.memory.moment}. {'Below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of "
+            f"{self.device.name}.",
+        ]
+        if self.time:
+            notes.append(f"Time: {self.gpus} x {self.time.assumption}.")
+        else:
+            notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
+        if config.tensor_parallel > 1:
+            notes.append(
+                f"tensor_parallel {config.tensor_parallel} is not simulated: memory is of a rank that holds the whole "
+                "model, and no time is taken off."
+            )
+        if config.deepspeed.startswith("zero3"):
+            notes.append("ZeRO-3 is not simulated: memory is of a rank that holds the whole model.")
+        if self.measured and self.measured.peak_device_bytes is None:
+            notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
+        return notes
+
+    def as_dict(self) -> dict:
+        """What --json prints; bytes, seconds, hours and counts are plain numbers."""
+        return {
+            "recipe": self.config.name,
+            "source": self.config.source,
+            "device": self.device.name,
+            "gpus": self.gpus,
+            "fits": self.fits,
+            "parameters": self.parameters.as_dict(),
+            "memory": self.memory.as_dict(),
+            "time": self.time.as_dict() if self.time else None,
+            "measured": self.measured.as_dict() if self.measured else None,
+            "table": [row.as_dict() for row in self.rows()],
+            "legend": LEGEND,
+            "notes": self.notes(),
+            "disagreements": list(paper.DISAGREEMENTS),
+        }
+
+
+def make_report(
+    config: RunConfig,
+    device: Device,
+    gpus: int,
+    training_set: TrainingSet,
+    efficiency: float,
+    length: int | None = None,
+    measured: Measured | None = None,
+    run: Path | None = None,
+) -> Report:
+    """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
+    # Time first: it finds fault with the number of GPUs at once.
+    time = None
+    if config.model.frozen_dtype != "fp32":
+        time = estimate(config, training_set, device, gpus, efficiency)
+    return Report(
+        config=config,
+        device=device,
+        gpus=gpus,
+        parameters=count_parameters(config),
+        memory=simulate(config, worst_case(config, length=length), gpus),
+        time=time,
+        measured=measured,
+        run=run,
+    )
+
+
+def plot_memory(report: Report, path: Path) -> None:
+    """Stacked bars of each phase's peak by component, with the device's memory and the papers' figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    phases = list(report.memory.phases)
+    left = [0.0] * len(phases)
+    largest = max(max(held.values()) for held in report.memory.phases.values())
+    for number, name in enumerate(COMPONENTS):
+        widths = [report.memory.phases[phase][name] / GB for phase in phases]
+        if max(widths) > largest / GB * 0.002:  # thinner than a line
+            axes.barh(phases, widths, left=left, label=name, color=f"C{number}")
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, total in enumerate(left):
+        axes.text(total, y, f" {total:.1f}", va="center")
+    axes.axvline(report.device.memory, color="black", linestyle="--", linewidth=1, label=report.device.name)
+    published = _published_memory(report.config.name)
+    if published:
+        axes.axvline(published, color="black", linestyle=":", linewidth=1, label="paper")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB on one GPU (simulated)")
+    axes.set_title(f"{report.config.name}: peak of each phase of a step", loc="left")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _published_memory(recipe: str) -> float | None:
+    method = PAPER_ROW.get(recipe)
+    return next((float(row.memory.rstrip("G")) for row in paper.COST_TABLE if row.method == method), None)
+
+
+def _quoted(row: paper.CostRow) -> Row:
+    texts = {"trainable": row.trainable, "memory": row.memory, "time": row.time, "storage": row.storage}
+    return Row(row.method, {name: NOTHING if text == "-" else Cell(text, QUOTED) for name, text in texts.items()})
+
+
+def _exact(count: int) -> Cell:
+    return Cell(f"{count:,}", EXACT, count)
+
+
+def _file(bytes: int) -> Cell:
+    return Cell(f"{bytes / 1e6:.1f} MB", EXACT, bytes)
+
+
+def _gb(bytes: int) -> str:
+    return f"{bytes / GB:.1f} GB" if bytes >= GB else f"{bytes / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"

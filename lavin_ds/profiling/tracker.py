@@ -1,0 +1,131 @@
+"""What a step allocates and computes, seen operator by operator, on real or fake tensors alike.
+
+Every storage is followed by a weak reference from the operator that makes it until nobody holds it, autograd
+included, as a caching allocator would see it. Not seen: what a kernel allocates and frees within itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+ALIVE = -1  # died: not yet
+
+
+@dataclass(slots=True)
+class Life:
+    """One storage. Moments count the allocations and releases before it."""
+
+    bytes: int
+    born: int
+    phase: str  # in which it was born
+    operator: str  # that made it
+    shape: tuple[int, ...]  # of the tensor that brought it
+    label: str | None = None
+    died: int = ALIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operator call: floating-point operations, and bytes read and written."""
+
+    name: str
+    phase: str
+    flops: int
+    bytes: int
+
+
+class Tracker(TorchDispatchMode):
+    """Records lives of storages and operations while it is entered.
+
+    Set `phase` to name what is going on; `label` says what certain tensors are.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase = "setup"
+        self.lives: list[Life] = []
+        self.operations: list[Operation] = []
+        self.phase_ends: dict[str, int] = {}
+        self._clock = 0
+        self._alive: dict[int, Life] = {}  # by the address of the storage
+
+    def enter_phase(self, name: str) -> None:
+        self.phase_ends[self.phase] = self._clock
+        self.phase = name
+
+    def label(self, tensors, label: str) -> None:
+        """Says what the storages of `tensors` are; they may be older than the tracker."""
+        for tensor in tensors:
+            self._see(tensor).label = label
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs, outputs = tensors_in((args, *kwargs.values())), tensors_in((result,))
+        known = {_address(x) for x in inputs}
+        is_view = not func._schema.is_mutable and all(_address(x) in known for x in outputs)
+        name = func._overloadpacket.__name__
+        for tensor in outputs:
+            self._see(tensor, name)
+        if not is_view:
+            moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+            self.operations.append(Operation(name, self.phase, _flops(func, args, kwargs, result), moved))
+        return result
+
+    def _see(self, tensor: torch.Tensor, operator: str = "") -> Life:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        life = self._alive.get(address)
+        if life is None:
+            life = Life(storage.nbytes(), self._clock, self.phase, operator, tuple(tensor.shape))
+            self._clock += 1
+            self._alive[address] = life
+            self.lives.append(life)
+            weakref.finalize(storage, self._release, address).atexit = False
+        return life
+
+    def _release(self, address: int) -> None:
+        self._alive.pop(address).died = self._clock
+        self._clock += 1
+
+
+def tensors_in(values: Iterable) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results, which nest in lists and tuples alone."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _flops(func, args, kwargs, result) -> int:
+    """Multiply-adds count two, as in torch's FlopCounterMode, whose formulas these are."""
+    formula = ATTENTION_ON_CPU.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _cpu_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# torch's registry knows the GPUs' attention kernels alone; fake tensors run as CPU tensors.
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}

@@ -1,0 +1,60 @@
+"""Parameter counts: the published totals, and the bytes on disk."""
+
+import pytest
+from safetensors.torch import save
+
+from lavin_ds.config import load_recipe
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.profiling import paper
+from lavin_ds.profiling.params import count_parameters
+
+
+@pytest.mark.parametrize(
+    "recipe, total",
+    [
+        ("lavin-7b", 3_781_296),
+        ("lavin-7b-24gb", 3_781_296),
+        ("lavin-13b", 5_390_080),
+        ("ablation-text", 1_704_192),
+        ("ablation-vision", 2_331_008),
+        ("ablation-joint", 2_450_912),
+        ("ablation-vitl", 2_855_536),
+    ],
+)
+def test_totals_are_those_of_the_papers(recipe, total):
+    count = count_parameters(load_recipe(recipe))
+    assert count.trainable == sum(count.components.values()) == total
+    assert count.checkpoint_bytes == 3 * 4 * total
+
+
+def test_components_and_frozen_parts_of_7b():
+    count = count_parameters(load_recipe("lavin-7b"))
+    assert count.components == {
+        "llm_adapters": 32 * 81_930,
+        "vision_adapters": 24 * 20_490,
+        "neck": 659_584,
+        "modality_embedding": 2 * 4096,
+    }
+    assert count.frozen["llm"] == 6_738_415_616  # LLaMA-7B
+    assert count.frozen_bytes["llm"] == 2 * 6_738_415_616
+
+
+def test_the_text_only_ablation_reads_captions_and_has_no_vision():
+    config = load_recipe("ablation-text")
+    assert config.model.vision is None and config.data.captions
+    assert count_parameters(config).frozen["vision"] == 0
+
+
+def test_adapter_file_bytes_are_those_that_safetensors_writes(tiny):
+    trainable = {name: p.detach() for name, p in Lavin(tiny.model).trainable().items()}
+    assert count_parameters(tiny).adapter_file_bytes == len(save(trainable))
+
+
+def test_printed_totals_of_table_2_are_rounded_up():
+    for _, printed, exact in paper.ABLATION.values():
+        assert float(printed.rstrip("M")) == -(-exact // 100_000) / 10
+
+
+def test_published_scores_have_a_figure_for_every_column():
+    assert paper.score_row("LaVIN-7B")["Avg"] == 89.41
+    assert all(len(row) == len(paper.SCORE_COLUMNS) for row in paper.SCORES.values())

@@ -1,0 +1,99 @@
+"""`lavin-ds profile`: what it prints and what --json holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lavin_ds.cli.profile import app
+from lavin_ds.errors import UserError
+from lavin_ds.profiling.report import LEGEND
+
+
+def invoke(*arguments: str):
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    raw = tiny.model_dump(mode="json") | {"name": "tiny"}
+    raw["model"]["frozen_dtype"] = "bf16"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_params_json():
+    count = json.loads(invoke("params", "--recipe", "lavin-7b", "--json"))
+    assert count["trainable"] == 3_781_296
+    assert count["components"]["neck"] == 659_584
+
+
+def test_json_report(recipe):
+    report = json.loads(invoke("--recipe", str(recipe), "--gpus", "2", "--length", "96", "--json"))
+    assert report["parameters"]["trainable"] == sum(report["parameters"]["components"].values())
+    assert report["memory"]["peak_bytes"] == sum(report["memory"]["components"].values())
+    assert report["time"]["hours"] > 0
+    methods = [row["method"] for row in report["table"]]
+    assert methods[:5] == ["BLIP-2", "LLaVA", "LLaVA, memory saving", "LaVIN-7B", "LaVIN-13B"]
+    ours = report["table"][-1]
+    assert [ours[c]["mark"] for c in ("trainable", "memory", "time", "storage")] == [
+        *("exact", "simulated", "extrapolated", "exact")
+    ]
+    assert report["table"][3]["memory"] == {"text": "33.9G", "mark": "quoted", "value": None}
+    assert set(report["legend"]) == set(LEGEND)
+
+
+def test_table_says_what_its_marks_mean_and_overrides_stand_bare(recipe, tmp_path):
+    png = tmp_path / "memory.png"
+    arguments = ("--recipe", str(recipe), "training.micro_batch=2", "--length", "96", "--plot", str(png))
+    text = invoke(*arguments, "model.neck_dim=64")
+    assert "s simulated" in text and "x extrapolated" in text
+    assert "2 x 96 positions" in text
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "either --recipe NAME or --run RUN"),
+        (("--recipe", "lavin-7b", "--device", "abacus"), "No device 'abacus'"),
+        (("--recipe", "lavin-7b", "model.nek_dim=3"), "unknown key model.nek_dim"),
+        (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be dealt"),
+        (("--run", "/nowhere"), "not a run directory"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message):
+        invoke(*arguments)
+
+
+def test_a_finished_run_gets_a_measured_row(recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = yaml.safe_load(recipe.read_text())
+    config["training"]["micro_batch"] = 1
+    config["data"]["max_length"] = 64
+    record = {
+        "config": config,
+        "inputs": {"data": str(tmp_path / "gone"), "llama": "/x", "clip": "/y"},
+        "data_sha256": "0",
+        "ranks": 2,
+        "versions": {},
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    summary = {"steps": 3, "samples": 96, "tokens": 900, "seconds": 4.5, "trainable_parameters": 1234}
+    summary |= {"peak_rss_bytes": 800_000_000, "peak_device_bytes": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "adapter.safetensors").write_bytes(b"x" * 5000)
+    report = json.loads(invoke("--run", str(run), "--json"))
+    assert report["gpus"] == 2
+    assert report["measured"]["seconds"] == 4.5
+    assert report["table"][-1]["memory"] == {"text": "800 MB", "mark": "measured", "value": 800_000_000}
+    assert any("resident set" in note for note in report["notes"])
