@@ -455,7 +455,7 @@ def make_sample(seed: int, split: str, index: int) -> Sample:
     return Sample(problem, item.caption, picture)
 
 
-def generate(out: Path, seed: int = 0, train: int = 2400, val: int = 140, test: int = 420) -> None:
+def generate(out: Path, seed: int = 0, train: int = 4000, val: int = 140, test: int = 420) -> None:
     """Writes problems.json, pid_splits.json, captions.json and images/SPLIT/PID/image.png under `out`.
 
     The same arguments write the same bytes; another seed writes other questions of the same kinds.

@@ -29,7 +29,7 @@ class TrainingConsole:
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.progress: Progress | None = None
         self.task = None
-        self.last_line = 0.0
+        self.last_line = self.began = time.monotonic()
         self.first_step = 0
 
     def say(self, text: str) -> None:
@@ -39,7 +39,7 @@ class TrainingConsole:
         self.console.print(f"[yellow]warning:[/] {text}")
 
     def begin(self, first_step: int, total_steps: int) -> None:
-        self.first_step = first_step
+        self.first_step, self.began = first_step, time.monotonic()
         if not self.console.is_terminal:
             return
         self.progress = Progress(
@@ -67,7 +67,7 @@ class TrainingConsole:
         now, last = time.monotonic(), result.step == total_steps
         if last or now - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = now
-            left = (total_steps - result.step) * result.seconds
+            left = (total_steps - result.step) * (now - self.began) / (result.step - self.first_step)
             self.console.print(f"step {result.step}/{total_steps}  {status}  about {left:.0f} s left", soft_wrap=True)
 
     def finish(self, summary: dict, out: Path) -> None:

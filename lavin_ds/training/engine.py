@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,8 @@ from lavin_ds.training.launcher import free_port
 
 def start_distributed() -> torch.device:
     """Joins the launcher's process group, or makes a world of one without a launcher; returns this rank's device."""
+    # DeepSpeed calls it at every step, and a user can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")
     accelerator = get_accelerator()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")

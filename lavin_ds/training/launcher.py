@@ -54,7 +54,7 @@ def train_command(ranks: int | None, hostfile: Path | None, port: int, arguments
 
 def run_to_the_end(command: list[str]) -> int:
     """Runs a launch in a session of its own; returns its exit code when nothing of it is left."""
-    launcher = subprocess.Popen(command, start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    launcher = subprocess.Popen(command, start_new_session=True, env=_environment())
 
     def forward(number, _frame):
         for rank in _ranks(launcher.pid):
@@ -68,6 +68,15 @@ def run_to_the_end(command: list[str]) -> int:
             signal.signal(number, handler)
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def _environment() -> dict[str, str]:
+    import torch
+
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
+    return environment
 
 
 def _ranks(launcher_pid: int) -> list[psutil.Process]:
