@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from lavin_ds.cli import console
@@ -96,7 +97,8 @@ def _table(report: PrepReport) -> Table:
     splits = report.manifest.splits
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in splits.values())]
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
-    table = Table(title=f"{report.out}: {size}", caption="median, max: tokens of a sample laid out for training")
+    caption = "median, max: tokens of a sample laid out for training"
+    table = Table(title=f"{report.out}: {size}", caption=caption, box=box.SIMPLE)  # no grid: ten columns in 80
     table.add_column("split", no_wrap=True)
     headings = ["rows", "images", "median", "max", *outcomes, "rejected"]
     for heading in headings:

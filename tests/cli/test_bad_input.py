@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import lavin_ds
+from lavin_ds.cli import main
 from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.training.launcher import free_port, train_command
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -28,21 +30,52 @@ def shards(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
-def train(shards: Path, out: Path, *words: str, **changes: str) -> subprocess.CompletedProcess:
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stderr: str
+
+
+def words_of(shards: Path, out: Path, *words: str, **changes: str) -> list[str]:
     options = {"recipe": "tiny", "data": shards, "llama": ASSETS / "llama", "clip": ASSETS / "vit.safetensors"}
     options |= {"out": out} | changes
-    named = [str(word) for name, value in options.items() if value for word in (f"--{name}", value)]
-    command = [Path(sys.executable).with_name("lavin-ds"), "train", *named, *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    return ["train", *(str(w) for name, value in options.items() if value for w in (f"--{name}", value)), *words]
 
 
-def assert_refused(done: subprocess.CompletedProcess, out: Path, *said: str) -> None:
-    assert done.returncode == 2, done.stderr
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """`lavin-ds train` in this process: `train(shards, out, *words, **changed_options)`."""
+
+    def run_command(*args, **changes) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["lavin-ds", *words_of(*args, **changes)])
+        with pytest.raises(SystemExit) as end:
+            main.run()
+        return Outcome(end.value.code, capsys.readouterr().err)
+
+    return run_command
+
+
+def assert_refused(done: Outcome, out: Path, *said: str) -> None:
+    assert done.code == 2, done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     for words in said:
         assert words in done.stderr
     assert not out.exists()
+
+
+def test_the_installed_command_exits_with_2_and_one_sentence(shards, tmp_path):
+    command = [Path(sys.executable).with_name("lavin-ds"), *words_of(shards, tmp_path / "run", llama="nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert_refused(Outcome(done.returncode, done.stderr), tmp_path / "run", "nowhere")
+
+
+def test_bare_deepspeed_says_the_sentence_once_for_all_ranks(shards, tmp_path):
+    words = words_of(shards, tmp_path / "run", llama="nowhere")[1:]
+    done = subprocess.run(train_command(2, None, free_port(), words), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -62,19 +95,19 @@ def assert_refused(done: subprocess.CompletedProcess, out: Path, *said: str) -> 
         (["training.global_batch=1", "--ranks", "2"], {}, ["global_batch 1"]),
     ],
 )
-def test_train_says_in_one_sentence_what_is_wrong_and_writes_nothing(shards, tmp_path, words, changes, said):
+def test_train_says_in_one_sentence_what_is_wrong_and_writes_nothing(train, shards, tmp_path, words, changes, said):
     out = tmp_path / "run"
     assert_refused(train(shards, out, *words, **changes), out, *said)
 
 
-def test_train_does_not_touch_a_folder_that_holds_something(shards, tmp_path):
+def test_train_does_not_touch_a_folder_that_holds_something(train, shards, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     done = train(shards, tmp_path)
-    assert done.returncode == 2 and "not empty" in done.stderr
+    assert done.code == 2 and "not empty" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_shards_of_another_tokenizer_than_the_base_are_refused(shards, tmp_path):
+def test_shards_of_another_tokenizer_than_the_base_are_refused(train, shards, tmp_path):
     data = tmp_path / "shards"
     shutil.copytree(shards, data)
     manifest = json.loads((data / "manifest.json").read_text())
@@ -83,7 +116,7 @@ def test_shards_of_another_tokenizer_than_the_base_are_refused(shards, tmp_path)
     assert_refused(train(data, tmp_path / "run"), tmp_path / "run", "32000", "vocab_size")
 
 
-def test_a_missing_shard_file_is_named(shards, tmp_path):
+def test_a_missing_shard_file_is_named(train, shards, tmp_path):
     data = tmp_path / "shards"
     shutil.copytree(shards, data)
     missing = next(data.glob("*train*.arrow"))
@@ -91,7 +124,7 @@ def test_a_missing_shard_file_is_named(shards, tmp_path):
     assert_refused(train(data, tmp_path / "run"), tmp_path / "run", missing.name)
 
 
-def test_resuming_with_another_recipe_names_the_key(shards, tmp_path):
+def test_resuming_with_another_recipe_names_the_key(train, shards, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     record = {
@@ -104,4 +137,4 @@ def test_resuming_with_another_recipe_names_the_key(shards, tmp_path):
     }
     (run / "run.json").write_text(json.dumps(record))
     done = train(shards, run, "training.peak_lr=1.0", "--resume", "auto")
-    assert done.returncode == 2 and "training.peak_lr" in done.stderr
+    assert done.code == 2 and "training.peak_lr" in done.stderr
