@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lavin_ds.errors import UserError
 
-AdapterKind = Literal["none", "mm", "rep", "bottleneck"]
+AdapterKind = Literal["none", "mm", "rep"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Field(gt=0)
 

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import lavin_ds
 from lavin_ds.data_prep.sample import generate
@@ -40,25 +42,26 @@ def commands() -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """A folder as the README's reader has it, with small files under the same names."""
     folder = tmp_path_factory.mktemp("readme")
-    generate(folder / "ScienceQA", seed=0, train=64, val=0, test=28)
+    generate(folder / "ScienceQA", seed=0, train=64, val=14, test=28)
     for name in ("llama-7b", "llama-13b"):
         shutil.copytree(ASSETS / "llama", folder / name)
-    shutil.copy(ASSETS / "vit.safetensors", folder / "ViT-L-14.pt")
+    torch.save(load_file(ASSETS / "vit.safetensors"), folder / "ViT-L-14.pt")
     (folder / "hostfile").write_text("localhost slots=2\n")
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     tiny = yaml.safe_load((ROOT / "lavin_ds" / "recipes" / "tiny.yaml").read_text())
     tiny["training"] |= {"epochs": 0.5, "warmup_epochs": 0.1, "global_batch": 16, "micro_batch": 4}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    _fake_slurm(folder / "slurm")
+    _fake_cluster(folder / "cluster")
     return folder
 
 
-def _fake_slurm(folder: Path) -> None:
-    """`sbatch` runs the script here, `srun` two tasks of it: what Slurm does, on one machine."""
+def _fake_cluster(folder: Path) -> None:
+    """`sbatch` runs the script here, `srun` two tasks of it; `ssh` finds the one node of the hostfile: this one."""
     folder.mkdir()
     scripts = {
         "sbatch": 'shift 2\nexport SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here\nbash "$@"\n',
         "scontrol": "echo 127.0.0.1\n",
+        "ssh": "echo 127.0.0.1\n",  # DeepSpeed asks a node for its address, and starts a single one without ssh
         "srun": 'shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids="$pids $!"; done\n'
         "for pid in $pids; do wait $pid || exit $?; done\n",
     }
@@ -75,7 +78,7 @@ def test_the_readme_has_every_kind_of_command():
 
 
 def test_every_command_runs_in_the_order_of_the_readme(folder):
-    path = os.pathsep.join([str(folder / "slurm"), str(BIN), os.environ["PATH"]])
+    path = os.pathsep.join([str(folder / "cluster"), str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     for command in commands():
         words = shlex.split(command, comments=True)
