@@ -67,8 +67,8 @@ class TrainingSet:
 
 
 # ScienceQA's train split. Sizes and images: paper 1, section 4.1, and the official problems.json. The lengths are
-# assumed: every 20th part of the distribution of 1,088 of its 12,726 samples (the real subset in
-# /work/shared/data, biased towards hard items) with LLaMA's tokenizer, QCM-ALE and six visual tokens.
+# assumed: every 20th part of the distribution of 1,088 of its 12,726 samples (a real subset,
+# biased towards hard items) with LLaMA's tokenizer, QCM-ALE and six visual tokens.
 SCIENCEQA_SAMPLES = 12_726
 SCIENCEQA_IMAGES = 6_218
 LENGTH_QUANTILES = (
