@@ -12,7 +12,6 @@ A checkpoint is put together in a folder of another name and renamed when it is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lavin_ds.data.shards import file_sha256
 from lavin_ds.files import sync, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,20 +79,11 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
     state = unfinished / "state.safetensors"
     save_file(tensors, state)
     sync(state)
-    write_json(unfinished / "state.json", {"step": step, "sha256": _sha256(state)})
+    write_json(unfinished / "state.json", {"step": step, "sha256": file_sha256(state)})
     final = folder / _name(step)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
     sync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(file.read()).hexdigest())
-        )
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -106,7 +97,7 @@ def load_newest(folder: Path, warn) -> Checkpoint | None:
         path = folder / _name(step)
         try:
             record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if record["sha256"] != _sha256(path / "state.safetensors"):
+            if record["sha256"] != file_sha256(path / "state.safetensors"):
                 raise ValueError("its checksum does not hold")
             return Checkpoint(record["step"], load_file(path / "state.safetensors"))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
