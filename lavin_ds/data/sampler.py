@@ -62,30 +62,93 @@ def micro_batches(global_batch: int, ranks: int, micro_batch: int) -> int:
     return count
 
 
-def assign(indices: np.ndarray, lengths: np.ndarray, ranks: int, micro_batch: int) -> list[list[np.ndarray]]:
-    """Deals a global batch to ranks as micro-batches; element [rank][k] holds sample indices.
+def assign(
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    has_image: np.ndarray,
+    ranks: int,
+    micro_batch: int,
+    packing: bool = False,
+) -> list[list[np.ndarray]]:
+    """Deals a global batch to ranks as micro-batches of nearly the same work; element [rank][k] holds sample indices.
 
-    indices [N] are samples, lengths [N] their lengths in tokens. Every rank gets `micro_batches(...)` of
-    them, whose sizes differ by at most one. Samples are sorted by length and cut where they stand, which
-    leaves the least padding. The longest come first, so that a run that will not fit into memory fails at
-    once. At the same k all ranks have neighbouring lengths, the longest for the rank with the least work so
-    far. Ties are broken by the position in `indices` and by the rank.
+    indices [N] are samples, lengths [N] their lengths in tokens, has_image [N] whether they show one. Every rank
+    gets `micro_batches(...)` of them, each of one sample or more, long samples in small ones and short samples in
+    large ones. `micro_batch` bounds the memory of each: no more tokens, padding included, than `micro_batch`
+    samples as long as the longest of the batch, and no more than `micro_batch` images.
+
+    Padded micro-batches hold samples of neighbouring lengths; packed ones (`packing`) have no padding and hold any.
+    Those with the most work come first, so that a run that will not fit into memory fails at once, and at the same
+    k all ranks have about as much, the most for the rank that had the least so far. Ties are broken by the position
+    in `indices` and by the rank.
     """
-    per_rank = micro_batches(len(indices), ranks, micro_batch)
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    pieces = _cut(order, per_rank * ranks)
+    lengths, has_image = np.asarray(lengths).tolist(), np.asarray(has_image).tolist()
+    pieces = ranks * micro_batches(len(indices), ranks, micro_batch)
+    longest_first = sorted(range(len(indices)), key=lambda i: -lengths[i])
+    if packing:
+        cut = _fill_evenly(longest_first, lengths, has_image, pieces, micro_batch)
+        cost = [sum(lengths[i] for i in piece) for piece in cut]
+    else:
+        cut = _cut_evenly(longest_first, lengths, has_image, pieces, micro_batch)
+        cost = [len(piece) * lengths[piece[0]] for piece in cut]
+    dearest_first = sorted(range(pieces), key=lambda p: -cost[p])
     dealt: list[list[np.ndarray]] = [[] for _ in range(ranks)]
-    work = [0] * ranks  # tokens computed, padding included
-    for k in range(per_rank):
+    work = [0] * ranks
+    for start in range(0, pieces, ranks):
         least_busy_first = sorted(range(ranks), key=work.__getitem__)
-        for rank, piece in zip(least_busy_first, pieces[k * ranks : (k + 1) * ranks], strict=True):
-            dealt[rank].append(np.asarray(indices)[piece])
-            work[rank] += len(piece) * int(lengths[piece[0]])
+        for rank, p in zip(least_busy_first, dearest_first[start : start + ranks], strict=True):
+            dealt[rank].append(np.asarray(indices)[cut[p]])
+            work[rank] += cost[p]
     return dealt
 
 
-def _cut(order: np.ndarray, count: int) -> list[np.ndarray]:
-    """Consecutive pieces, the larger ones at the short end."""
-    small, larger = divmod(len(order), count)
-    sizes = [small] * (count - larger) + [small + 1] * larger
-    return np.split(order, np.cumsum(sizes)[:-1])
+def _cut_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
+    """`count` consecutive pieces of `order`, whose largest has as few tokens (with padding) as can be.
+
+    Searches the smallest limit under which filling piece after piece needs no more than `count` of them. The limit
+    of `most` samples of the longest length always suffices: a full piece then has at least `most` samples.
+    """
+    low, high = lengths[order[0]], most * lengths[order[0]]
+    while low < high:
+        limit = (low + high) // 2
+        if len(_cut(order, lengths, has_image, limit, most)) <= count:
+            high = limit
+        else:
+            low = limit + 1
+    cut = _cut(order, lengths, has_image, low, most)
+    while len(cut) < count:  # many equal lengths: halve the largest, so that no rank is left without
+        largest = max((p for p in range(len(cut)) if len(cut[p]) > 1), key=lambda p: len(cut[p]) * lengths[cut[p][0]])
+        piece = cut[largest]
+        cut[largest : largest + 1] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
+    return cut
+
+
+def _cut(order: list[int], lengths: list[int], has_image: list[bool], limit: int, most_images: int) -> list[list[int]]:
+    """Consecutive pieces of `order`, each as large as the limits on its tokens (with padding) and images allow."""
+    cut: list[list[int]] = []
+    images = 0
+    for i in order:
+        images += has_image[i]
+        if cut and (len(cut[-1]) + 1) * lengths[cut[-1][0]] <= limit and images <= most_images:
+            cut[-1].append(i)
+        else:
+            cut.append([i])
+            images = int(has_image[i])
+    return cut
+
+
+def _fill_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
+    """`count` pieces with about the same sum of lengths: each sample of `order` goes to the emptiest one so far.
+
+    No piece passes `most` samples of the longest length: the last sample that could pass it would find a piece
+    with fewer than `most` samples, which has room.
+    """
+    filled: list[list[int]] = [[] for _ in range(count)]
+    tokens, images = [0] * count, [0] * count
+    for i in order:
+        open_to_it = [p for p in range(count) if not has_image[i] or images[p] < most]
+        emptiest = min(open_to_it, key=tokens.__getitem__)
+        filled[emptiest].append(i)
+        tokens[emptiest] += lengths[i]
+        images[emptiest] += has_image[i]
+    return filled

@@ -111,14 +111,14 @@ def from_shards(directory: Path, visual_tokens: int) -> TrainingSet:
 class Pace:
     """How a run walks through its training set; averages over steps.
 
-    All ranks wait for the one with the longest samples, so it is the critical length that costs time.
+    All ranks wait for the one with the most tokens, so it is the critical length that costs time.
     """
 
     steps: int  # optimizer steps
     micro_batches: int  # of a rank in a step
     samples: float  # of a micro-batch
     mean_length: float  # positions of a sample
-    critical_length: float  # positions of the longest sample among the ranks' micro-batches of a moment
+    critical_length: float  # positions a sample, with padding, of the fullest of the ranks' micro-batches of a moment
     tokens: int  # positions of all samples of the run, without padding
 
 
@@ -130,15 +130,18 @@ def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
     count, lengths = len(training_set.lengths), training_set.lengths
     per_rank = micro_batches(training.global_batch, ranks, training.micro_batch)
     steps = total_steps(count, training.epochs, training.global_batch)
+    samples = training.global_batch / (ranks * per_rank)
+    no_image = np.zeros(training.global_batch, dtype=bool)  # which samples have one is not known
     critical = []
     for step in range(min(steps, STEPS_LOOKED_AT)):
         chosen = global_batch_indices(count, training.global_batch, training.seed, step)
-        dealt = assign(chosen, lengths[chosen], ranks, training.micro_batch)
-        critical += [max(lengths[part[k]].max() for part in dealt) for k in range(per_rank)]
+        dealt = assign(chosen, lengths[chosen], no_image, ranks, training.micro_batch)
+        padded = [[len(piece) * lengths[piece].max() for piece in part] for part in dealt]
+        critical += [positions / samples for positions in np.max(padded, axis=0)]
     return Pace(
         steps=steps,
         micro_batches=per_rank,
-        samples=training.global_batch / (ranks * per_rank),
+        samples=samples,
         mean_length=float(lengths.mean()),
         critical_length=float(np.mean(critical)),
         tokens=int(lengths.mean() * steps * training.global_batch),
@@ -188,8 +191,8 @@ def estimate(
         pace=walk,
         assumption=(
             f"{device.name} at {efficiency:.0%} of its roofline; {training_set.source}, mean "
-            f"{walk.mean_length:.0f} positions, each padded to the longest that any rank holds at the time, on "
-            f"average {walk.critical_length:.0f}"
+            f"{walk.mean_length:.0f} positions; {walk.critical_length:.0f} with padding and with the waiting for "
+            "the rank that holds the most at the time"
         ),
     )
 

@@ -68,6 +68,7 @@ class Loop:
         self.engine, self.config, self.reader, self.device = engine, config, reader, device
         self.visual_tokens = config.model.visual_tokens
         self.lengths = reader.lengths(self.visual_tokens)
+        self.has_image = reader.has_pixels & (self.visual_tokens > 0)
         self.samples = reader.trainable
         self.total_steps = total_steps(len(self.samples), config.training.epochs, config.training.global_batch)
 
@@ -90,7 +91,8 @@ class Loop:
         training, count = self.config.training, len(self.samples)
         chosen = self.samples[global_batch_indices(count, training.global_batch, training.seed, step)]
         ranks, rank = data_parallel_size(), data_parallel_rank()
-        parts = assign(chosen, self.lengths[chosen], ranks, training.micro_batch)[rank]
+        lengths, has_image = self.lengths[chosen], self.has_image[chosen]
+        parts = assign(chosen, lengths, has_image, ranks, training.micro_batch)[rank]
         labelled = int(self.reader.label_counts[chosen].sum())
         rate = step_learning_rate(step, count, training)
         for group in self.engine.optimizer.param_groups:
