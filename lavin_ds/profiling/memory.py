@@ -21,6 +21,7 @@ from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
+from lavin_ds.profiling.published import PublishedOptions
 from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, make_fake
 from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker
 from lavin_ds.profiling.zero import ZeroShare, zero_share
@@ -138,12 +139,15 @@ def make_batch(model: ModelConfig, workload: Workload) -> Batch:
     )
 
 
-def simulate(config: RunConfig, workload: Workload, gpus: int = 1) -> Simulation:
+def simulate(
+    config: RunConfig, workload: Workload, gpus: int = 1, published: PublishedOptions | None = None
+) -> Simulation:
     """One optimizer step of `config` on one of `gpus` data-parallel ranks, without its memory. 20 s at 13B.
 
     The whole model is on every rank: a tensor_parallel above 1 and ZeRO-3 would hold less, and are not simulated.
+    With `published` the step is the authors'; the ZeRO buffers stay those of the recipe's `deepspeed`.
     """
-    model = build_on_meta(config)
+    model = build_on_meta(config, published)
     batch = make_batch(config.model, workload)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         make_fake(model)

@@ -1,0 +1,279 @@
+"""LaVIN's training step as its authors compute it, one switch for each thing that this project does otherwise.
+
+Written from facts about their code (docs/fidelity.md), to be measured and simulated beside our own step. The
+parameters are those of `Lavin`, name for name, and so is the function that is computed; what differs is what it costs.
+
+Dimensions: B samples, T positions of a sample, M routing tokens, N rows (all positions of all samples), D width,
+H heads, K head width, S tokens of an image, R adapter rank, E = 2 paths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lavin_ds.config import ModelConfig
+from lavin_ds.data.collate import PADDING, Batch
+from lavin_ds.data.layout import IGNORE
+from lavin_ds.models.adapters import MMAdapter
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.models.llama import Attention, Block, rotary_angles
+from lavin_ds.models.vision import VisionBlock
+
+
+@dataclass(frozen=True)
+class PublishedOptions:
+    """What the authors' step does and ours does not; all on by default, which is their step."""
+
+    pad_to: int | None = 512  # every sample is padded to that many positions; None: to the longest of its batch
+    eager_attention: bool = True  # scores, mask and probabilities are tensors of their own
+    full_logits: bool = True  # at every position of every sample, labelled or not
+    zero_images: bool = True  # a text-only sample sends an image of zeros through the ViT
+    per_sample_routing: bool = True  # t_m is position 0 of every sample, which routes by its own copy of it
+    separate_paths: bool = True  # both paths of an adapter are convolutions whose [N, D] outputs are kept
+
+    def without(self, *names: str) -> PublishedOptions:
+        """The same with these savings made."""
+        unknown = set(names) - set(SAVINGS)
+        if unknown:
+            raise ValueError(f"no saving {', '.join(sorted(unknown))}; there are {', '.join(SAVINGS)}")
+        return replace(self, **{name: None if name == "pad_to" else False for name in names})
+
+
+SAVINGS = tuple(field.name for field in fields(PublishedOptions))
+
+
+class PublishedLavin(Lavin):
+    """`Lavin` with the authors' forward; with every saving made, ours computed by other means.
+
+    Half precision as they have it: residual stream, routing and logits in the frozen weights' dtype, softmax and
+    cross-entropy in fp32 (autocast's choice), adapters cast to half at every use.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: PublishedOptions | None = None,
+        compat: bool = False,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__(config, compat, activation_checkpointing)
+        self.options = options or PublishedOptions()
+        self.recompute = activation_checkpointing
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """As Lavin.forward: the sum of the labelled tokens' cross-entropies (fp32), and how many there are."""
+        modality_token = self.modality is not None
+        if self.options.pad_to is not None:
+            batch = _padded(batch, self.options.pad_to - modality_token)
+        x_BTD, modality_B = self.embed(batch)
+        h_BTD = self._decoder(x_BTD, modality_B)
+        if not self.options.full_logits:
+            labelled_BT = batch.labels_BT[:, 1:] != IGNORE
+            target_N = batch.labels_BT[:, 1:][labelled_BT]
+            return self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
+        logits_NV = self.llm.output(h_BTD)[:, :-1].flatten(0, 1)
+        target_N = batch.labels_BT[:, 1:].flatten()
+        loss = F.cross_entropy(logits_NV.float(), target_N, ignore_index=IGNORE, reduction="sum")
+        return loss, int((target_N != IGNORE).sum())
+
+    def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
+        """[cls] tokens [samples with an image, P, W]; the embedding of a batch asks for them."""
+        size = self.config.vision.image_size
+        images = batch.images_NHWC
+        if images is None:
+            images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=batch.ids_BT.device)
+        pixels = self.vision.pixels(images)
+        if not self.options.zero_images:
+            return self._vision(pixels)[batch.image_B[has_image_B]]
+        everyone = pixels.new_zeros(len(has_image_B), *pixels.shape[1:])
+        everyone[has_image_B] = pixels[batch.image_B[has_image_B]]
+        return self._vision(everyone)[has_image_B]
+
+    def _vision(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[cls] tokens [B, P, W] of every `cls_every`-th block."""
+        tower = self.vision
+        patches = tower.conv1(pixels.to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        cls = tower.class_embedding.expand(len(pixels), 1, -1)
+        x_BSW = tower.ln_pre(torch.cat([cls, patches], dim=1) + tower.positional_embedding)
+        cls_tokens = []
+        for number, block in enumerate(tower.blocks, start=1):
+            x_BSW = self._run(self._vision_block, block, x_BSW)
+            if number % tower.config.cls_every == 0:
+                cls_tokens.append(x_BSW[:, 0])
+        return torch.stack(cls_tokens, dim=1)
+
+    def _vision_block(self, block: VisionBlock, x_BSW: torch.Tensor) -> torch.Tensor:
+        clip = block.clip
+
+        def adapt(place: str, z_BSW: torch.Tensor) -> torch.Tensor:
+            if not (self.options.separate_paths and self._is_routed(block, place)):
+                return block.adapt(place, z_BSW)
+            B, S, _ = z_BSW.shape
+            adapter, device = block.adapters[place], z_BSW.device
+            if block.batch_routed:
+                w_NE = _route(adapter, z_BSW[0])[torch.arange(S, device=device).repeat(B)]
+            else:
+                w_NE = _route(adapter, z_BSW[:, 0])[torch.arange(B, device=device).repeat_interleave(S)]
+            return _separate_paths(adapter, z_BSW.flatten(0, 1), w_NE).unflatten(0, (B, S))
+
+        z_BSW = adapt("attention", clip.ln_1(x_BSW))
+        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else clip.attention(z_BSW)
+        x_BSW = x_BSW + attended
+        return x_BSW + clip.mlp(adapt("ffn", clip.ln_2(x_BSW)))
+
+    def _decoder(self, x_BTD: torch.Tensor, modality_B: torch.Tensor) -> torch.Tensor:
+        """Embedded tokens [B, T, D] to normed hidden states [B, T, D], t_m taken away again.
+
+        Rows: with per_sample_routing [t_m, tokens] of every sample, otherwise the M modality tokens and then all
+        samples' tokens.
+        """
+        B, T, D = x_BTD.shape
+        token_MD = self.modality().to(x_BTD.dtype) if self.modality is not None else x_BTD.new_empty(0, D)
+        in_samples = self.options.per_sample_routing and len(token_MD) > 0
+        if in_samples:
+            x_ND = torch.cat([token_MD[modality_B][:, None], x_BTD], dim=1).flatten(0, 1)
+            owner_N = torch.arange(B, device=x_BTD.device).repeat_interleave(1 + T)
+        else:
+            x_ND = torch.cat([token_MD, x_BTD.flatten(0, 1)])
+            itself_M = torch.arange(len(token_MD), device=x_BTD.device)
+            owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
+        first = 1 if len(token_MD) else 0  # RoPE position of the first token
+        cos, sin = rotary_angles(torch.arange(0 if in_samples else first, first + T), self.llm.config)
+        context = _Rows(B, T, len(token_MD), in_samples, owner_N, torch.complex(cos, sin).to(x_BTD.device))
+        for block in self.llm.layers:
+            x_ND = self._run(self._decoder_block, block, x_ND, context)
+        h_ND = self.llm.norm(x_ND)
+        return h_ND.unflatten(0, (B, 1 + T))[:, 1:] if in_samples else h_ND[len(token_MD) :].unflatten(0, (B, T))
+
+    def _decoder_block(self, block: Block, x_ND: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        def adapt(place: str, z_ND: torch.Tensor) -> torch.Tensor:
+            if place not in block.adapters:
+                return z_ND
+            adapter = block.adapters[place]
+            token_MD = z_ND.unflatten(0, (rows.batch, -1))[:, 0] if rows.in_samples else z_ND[: rows.modalities]
+            if self.options.separate_paths and self._is_routed(block, place):
+                return _separate_paths(adapter, z_ND, _route(adapter, token_MD)[rows.owner_N])
+            return adapter(z_ND, token_MD, rows.owner_N)
+
+        z_ND = adapt("attention", block.attention_norm(x_ND))
+        x_ND = x_ND + self._attention(block.attention, z_ND, rows)
+        return x_ND + block.feed_forward(adapt("ffn", block.ffn_norm(x_ND)))
+
+    def _attention(self, attention: Attention, z_ND: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        q_NHK, k_NHK, v_NHK = (
+            project(z_ND).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.wq, attention.wk, attention.wv)
+        )
+        if attention.groups > 1:
+            k_NHK, v_NHK = (x.repeat_interleave(attention.groups, dim=1) for x in (k_NHK, v_NHK))
+        if rows.in_samples:
+            shape = (rows.batch, 1 + rows.length)
+            q_BTHK = _rotate(q_NHK.unflatten(0, shape), rows.turns)
+            k_BTHK, v_BTHK = _rotate(k_NHK.unflatten(0, shape), rows.turns), v_NHK.unflatten(0, shape)
+            if self.options.eager_attention:
+                mask_TT = _causal_mask(1 + rows.length, q_BTHK)
+                mask_TT[1:, 0] = float("-inf")  # t_m is seen by itself alone
+                attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, mask_TT)
+            else:
+                # What nobody sees and sees nobody needs no mask: its attention is its own value.
+                others = _causal_attention(q_BTHK[:, 1:], k_BTHK[:, 1:], v_BTHK[:, 1:])
+                attended = torch.cat([v_BTHK[:, :1], others], dim=1)
+            return attention.wo(attended.flatten(2).flatten(0, 1))
+        M, shape = rows.modalities, (rows.batch, rows.length)
+        q_BTHK, k_BTHK = (_rotate(x[M:].unflatten(0, shape), rows.turns) for x in (q_NHK, k_NHK))
+        v_BTHK = v_NHK[M:].unflatten(0, shape)
+        if self.options.eager_attention:
+            attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, _causal_mask(rows.length, q_BTHK))
+        else:
+            attended = _causal_attention(q_BTHK, k_BTHK, v_BTHK)
+        return attention.wo(torch.cat([v_NHK[:M].flatten(1), attended.flatten(2).flatten(0, 1)]))
+
+    def _run(self, step, *arguments):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(step, *arguments, use_reentrant=False)
+        return step(*arguments)
+
+    @staticmethod
+    def _is_routed(block: nn.Module, place: str) -> bool:
+        return place in block.adapters and isinstance(block.adapters[place], MMAdapter)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of x_ND are made up; see PublishedLavin._decoder."""
+
+    batch: int
+    length: int  # of a sample, without its modality token
+    modalities: int
+    in_samples: bool
+    owner_N: torch.Tensor
+    turns: torch.Tensor  # [positions, K/2] complex
+
+
+def _padded(batch: Batch, length: int) -> Batch:
+    missing = (0, length - batch.ids_BT.shape[1])
+    if missing[1] < 0:
+        raise ValueError(f"a sample of {batch.ids_BT.shape[1]} ids does not fit into pad_to {length}")
+    return replace(
+        batch,
+        ids_BT=F.pad(batch.ids_BT, missing, value=PADDING),
+        labels_BT=F.pad(batch.labels_BT, missing, value=IGNORE),
+    )
+
+
+def _route(adapter: MMAdapter, token_MD: torch.Tensor) -> torch.Tensor:
+    """Routing weights [M, E] in the tokens' dtype; the softmax alone is in fp32."""
+    dtype = token_MD.dtype
+    scores_ME = F.linear(token_MD, adapter.router_weight.to(dtype), adapter.router_bias.to(dtype))
+    return torch.softmax(scores_ME.float() / adapter.config.temperature, dim=-1).to(dtype)
+
+
+def _separate_paths(adapter: MMAdapter, z_ND: torch.Tensor, w_NE: torch.Tensor) -> torch.Tensor:
+    """z + s * (w_0 f_1(z) + w_1 f_2(z)), every product a convolution of width 1 over rows."""
+    dtype, config = z_ND.dtype, adapter.config
+
+    def convolve(x_1RN, weight, bias, groups=1):
+        return F.conv1d(x_1RN, weight[:, :, None].to(dtype), bias.to(dtype), groups=groups)
+
+    c_1RN = convolve(z_ND.t()[None], adapter.down_weight, adapter.down_bias)
+    c_1RN = F.dropout(c_1RN, config.dropout, adapter.training)
+    first_1DN = convolve(c_1RN, adapter.up_weight_0, adapter.up_bias_0, config.groups)
+    second_1DN = convolve(c_1RN, adapter.up_weight_1, adapter.up_bias_1, config.groups)
+    mixed_1DN = w_NE[:, 0] * first_1DN + w_NE[:, 1] * second_1DN
+    return z_ND + config.scale * mixed_1DN[0].t()
+
+
+def _rotate(x_BTHK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Neighbouring pairs of features as complex numbers, turned in fp32."""
+    pairs = torch.view_as_complex(x_BTHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x_BTHK.dtype)
+
+
+def _causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
+    """[T, T] to add to scores."""
+    return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+
+
+def _eager_attention(q_BTHK, k_BTHK, v_BTHK, mask_TT) -> torch.Tensor:
+    q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    scores_BHTT = q_BHTK @ k_BHTK.transpose(2, 3) / q_BTHK.shape[-1] ** 0.5
+    if mask_TT is not None:
+        scores_BHTT = scores_BHTT + mask_TT
+    probabilities = torch.softmax(scores_BHTT.float(), dim=-1).to(q_BTHK.dtype)
+    return (probabilities @ v_BHTK).transpose(1, 2)
+
+
+def _causal_attention(q_BTHK, k_BTHK, v_BTHK) -> torch.Tensor:
+    q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True).transpose(1, 2)
+
+
+def _eager_vision_attention(attention: nn.MultiheadAttention, z_BSW: torch.Tensor) -> torch.Tensor:
+    qkv = F.linear(z_BSW, attention.in_proj_weight, attention.in_proj_bias)
+    q_BSHK, k_BSHK, v_BSHK = (x.unflatten(-1, (attention.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
+    return attention.out_proj(_eager_attention(q_BSHK, k_BSHK, v_BSHK, None).flatten(2))
