@@ -114,12 +114,30 @@ class ModelConfig(Section):
     vision: VisionConfig | None = None  # None: a text-only run, every sample is read as text
     llm_adapter: AdapterConfig = AdapterConfig()
     vision_adapter: AdapterConfig = AdapterConfig()
+    vision_source: Literal["pixels", "cached"] = "pixels"  # cached: features of a frozen ViT, from `prep features`
     neck_dim: int = Field(128, gt=0)  # d_h of eq. 6
     frozen_dtype: Dtype = "bf16"
 
     @property
     def visual_tokens(self) -> int:
         return self.vision.visual_tokens if self.vision else 0
+
+    @property
+    def has_vit(self) -> bool:
+        """Whether the model runs a ViT: it sees images, and not through cached features."""
+        return self.vision is not None and self.vision_source == "pixels"
+
+    @model_validator(mode="after")
+    def _cacheable(self):
+        if self.vision_source == "cached" and not self.vision:
+            raise ValueError("vision_source cached says where features of images come from, but vision is null")
+        if self.vision_source == "cached" and self.vision_adapter.kind != "none":
+            raise ValueError(
+                f"vision_source cached needs a ViT that does not change, but vision_adapter.kind is "
+                f"{self.vision_adapter.kind}: features are computed once, before training, and adapters in the ViT "
+                "would change them at every step. Set vision_source to pixels, or vision_adapter.kind to none"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -136,7 +154,8 @@ class TrainingConfig(Section):
     epochs: float = Field(20, gt=0)
     warmup_epochs: float = Field(2, ge=0)
     global_batch: int = Field(32, gt=0)
-    micro_batch: int = Field(4, gt=0)
+    micro_batch: int = Field(4, gt=0)  # bounds a micro-batch: its tokens by so many of the longest sample, its images
+    packing: bool = False  # samples of a micro-batch lie end to end in one row, without padding
     peak_lr: float = Field(1.125e-3, gt=0)  # the paper's 9e-3 is the base rate per 256 samples
     weight_decay: float = Field(0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,6 +1,6 @@
 """From rows to the tensors of a batch.
 
-B samples, T tokens of the longest, N images, S their side in pixels
+B samples, T tokens of the longest (packed: of all), N images, S their side in pixels, P visual tokens, W vision width
 """
 
 from __future__ import annotations
@@ -19,19 +19,28 @@ PADDING = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right to its own longest sample.
+    """A micro-batch: samples padded on the right to the longest of them, or packed, end to end in one row.
 
-    An image that several samples show is there once. `visual_start` is the index in ids_BT of the first
-    visual token of every sample with an image; None if no sample has one.
+    An image that several samples show is there once, as pixels or as cached features. `visual_start` is the index of
+    the first visual token within every sample with an image; None if no sample has one. `packed` has the length of
+    every sample, and ids and labels then are [1, T]; None: one row a sample.
     """
 
     ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORE where there is no label; labels stand at their own token
-    image_B: torch.Tensor  # int64, index into images_NHWC, -1 for text
+    image_B: torch.Tensor  # int64, index into images_NHWC or features_NPW, -1 for text
     images_NHWC: torch.Tensor | None  # uint8
     visual_start: int | None
     lengths_B: torch.Tensor  # int64, ids without padding
     row_ids: list[str]
+    features_NPW: torch.Tensor | None = None  # float32
+    packed: tuple[int, ...] | None = None
+
+    def first_B(self) -> torch.Tensor:
+        """Index of every sample's first token among all B * T of ids_BT; int64 [B]."""
+        if self.packed:
+            return self.lengths_B.cumsum(0) - self.lengths_B
+        return torch.arange(len(self.image_B), device=self.image_B.device) * self.ids_BT.shape[1]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; does not wait for the copy."""
@@ -43,13 +52,20 @@ class Batch:
         return replace(self, **tensors)
 
 
-def collate(rows: Sequence[Row], image: Callable[[int], np.ndarray], frame: Frame, visual_tokens: int) -> Batch:
-    """Training batch: prompt, response, EOS. `image` gives pixels by Row.image, such as ShardReader.image.
+def collate(
+    rows: Sequence[Row],
+    image: Callable[[int], np.ndarray],
+    frame: Frame,
+    visual_tokens: int,
+    packing: bool = False,
+) -> Batch:
+    """Training batch: prompt, response, EOS; padded, or with `packing` all samples in one row.
 
-    With visual_tokens 0 every sample is laid out as text and no image is read.
+    `image` gives uint8 pixels or float32 features by Row.image: ShardReader.image or ShardReader.features. With
+    visual_tokens 0 every sample is laid out as text and no image is read.
     """
     layouts = [lay_out(r.token_ids, r.label_spans, r.image >= 0, frame, visual_tokens) for r in rows]
-    return _batch(rows, layouts, image, visual_tokens)
+    return _batch(rows, layouts, image, visual_tokens, packing)
 
 
 def prompt_batch(rows: Sequence[Row], image: Callable[[int], np.ndarray], frame: Frame, visual_tokens: int) -> Batch:
@@ -59,24 +75,38 @@ def prompt_batch(rows: Sequence[Row], image: Callable[[int], np.ndarray], frame:
     return _batch(rows, layouts, image, visual_tokens)
 
 
-def _batch(rows: Sequence[Row], layouts: list[Layout], image: Callable[[int], np.ndarray], visual_tokens: int) -> Batch:
+def _batch(
+    rows: Sequence[Row],
+    layouts: list[Layout],
+    image: Callable[[int], np.ndarray],
+    visual_tokens: int,
+    packing: bool = False,
+) -> Batch:
     lengths = [len(layout.ids) for layout in layouts]
-    ids_BT = np.full((len(rows), max(lengths)), PADDING, dtype=np.int64)
-    labels_BT = np.full_like(ids_BT, IGNORE)
-    for b, layout in enumerate(layouts):
-        ids_BT[b, : lengths[b]] = layout.ids
-        labels_BT[b, : lengths[b]] = layout.labels
+    if packing:
+        ids_BT = np.concatenate([layout.ids for layout in layouts])[None]
+        labels_BT = np.concatenate([layout.labels for layout in layouts])[None]
+    else:
+        ids_BT = np.full((len(rows), max(lengths)), PADDING, dtype=np.int64)
+        labels_BT = np.full_like(ids_BT, IGNORE)
+        for b, layout in enumerate(layouts):
+            ids_BT[b, : lengths[b]] = layout.ids
+            labels_BT[b, : lengths[b]] = layout.labels
     slots: dict[int, int] = {}  # image table row -> index among this batch's images
     if visual_tokens:
         for row in rows:
             if row.image >= 0:
                 slots.setdefault(row.image, len(slots))
+    images = torch.from_numpy(np.stack([image(i) for i in slots])) if slots else None
+    is_pixels = images is not None and images.dtype == torch.uint8
     return Batch(
         ids_BT=torch.from_numpy(ids_BT),
         labels_BT=torch.from_numpy(labels_BT),
         image_B=torch.tensor([slots.get(row.image, -1) for row in rows], dtype=torch.int64),
-        images_NHWC=torch.from_numpy(np.stack([image(i) for i in slots])) if slots else None,
+        images_NHWC=images if is_pixels else None,
+        features_NPW=None if is_pixels else images,
         visual_start=max(layout.visual_start for layout in layouts) if slots else None,
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         row_ids=[row.id for row in rows],
+        packed=tuple(lengths) if packing else None,
     )

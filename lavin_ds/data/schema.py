@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
-from lavin_ds.config import RunConfig, Section
+from lavin_ds.config import Dtype, RunConfig, Section, VisionConfig
 from lavin_ds.data.layout import Frame
 from lavin_ds.errors import UserError
 
@@ -54,6 +54,13 @@ IMAGE_SCHEMA = _schema(
 )
 
 
+# One row a row of the image table, in its order: what a frozen CLIP makes of the pixels.
+FEATURE_SCHEMA = _schema(
+    id=pa.string(),  # as in the image table
+    features=pa.list_(pa.float32()),  # [cls] tokens [visual tokens, vision width], row by row
+)
+
+
 class FileEntry(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # a bare name: a manifest cannot point out of its folder
     rows: int = Field(ge=0)
@@ -84,6 +91,19 @@ class SplitEntry(Section):
 class ImageEntry(Section):
     size: int = Field(gt=0)
     resize: Literal["squash", "crop"]
+    files: list[FileEntry]
+    rows: int = Field(ge=0)
+
+
+class FeatureEntry(Section):
+    """[cls] features of every image, and what they are a function of besides its pixels."""
+
+    clip_sha256: str  # of the CLIP file
+    vision: VisionConfig
+    normalise: Literal["clip", "imagenet"]  # mean and standard deviation of the pixels
+    computed_in: Dtype  # of the ViT; stored as float32, which holds every value of the others
+    visual_tokens: int = Field(gt=0)  # P: rows of an image's features
+    width: int = Field(gt=0)  # W: their columns
     files: list[FileEntry]
     rows: int = Field(ge=0)
 
@@ -125,6 +145,7 @@ class Manifest(Section):
     created_by: str
     splits: dict[str, SplitEntry]
     images: ImageEntry | None  # None: prepared for a recipe without vision
+    features: FeatureEntry | None = None  # None: `lavin-ds prep features` has not been here
     tokenizer: TokenizerEntry
     prefix_image: list[int]
     prefix_text: list[int]
@@ -136,7 +157,7 @@ class Manifest(Section):
 
     def all_files(self) -> list[FileEntry]:
         files = [file for split in self.splits.values() for file in split.files]
-        return files + (self.images.files if self.images else [])
+        return files + [file for table in (self.images, self.features) if table for file in table.files]
 
 
 def load_manifest(directory: str | Path) -> Manifest:
@@ -171,10 +192,11 @@ def manifest_sha256(directory: str | Path) -> str:
     return hashlib.sha256((Path(directory) / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-def check_manifest(manifest: Manifest, config: RunConfig) -> list[str]:
+def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | None = None) -> list[str]:
     """Every disagreement between shards and recipe, a clause each with both values; empty if they agree.
 
-    A recipe without vision may use shards with images: it reads every sample as text.
+    A recipe without vision may use shards with images: it reads every sample as text. clip_sha256: the CLIP whose
+    cached features the adapters were trained on, if there are such adapters.
     """
     prompt, data, model = manifest.prompt, config.data, config.model
     pairs = [
@@ -191,6 +213,8 @@ def check_manifest(manifest: Manifest, config: RunConfig) -> list[str]:
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
     if model.vision and not manifest.images:
         found.append("images: shards hold none, recipe has model.vision")
+    if model.vision_source == "cached":
+        found += _check_features(manifest, config, clip_sha256)
     if manifest.tokenizer.vocab_size > model.llm.vocab_size:
         found.append(
             f"vocabulary: shards' tokenizer has {manifest.tokenizer.vocab_size} pieces, "
@@ -203,6 +227,31 @@ def check_manifest(manifest: Manifest, config: RunConfig) -> list[str]:
             f"which makes the longest sample {longest} positions, over data.max_length {data.max_length}"
         )
     return found
+
+
+def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | None) -> list[str]:
+    entry, vision = manifest.features, config.model.vision
+    if entry is None:
+        return ["features: shards hold none, recipe has model.vision_source cached (see `lavin-ds prep features`)"]
+    pairs = [
+        ("visual tokens (P) of the features", entry.visual_tokens, vision.visual_tokens),
+        ("width (W) of the features", entry.width, vision.width),
+    ]
+    if all(ours == theirs for _, ours, theirs in pairs):  # else another tower altogether, which P and W say best
+        pairs = [(f"model.vision.{key}", ours, getattr(vision, key)) for key, ours in entry.vision]
+        pairs.append(("normalisation of the features' pixels", entry.normalise, normalisation(config)))
+    found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
+    if clip_sha256 and clip_sha256 != entry.clip_sha256:
+        ours, theirs = entry.clip_sha256[:12], clip_sha256[:12]
+        found.append(
+            f"CLIP of the features: SHA-256 {ours}.. in the shards, {theirs}.. where the adapters were trained"
+        )
+    return found
+
+
+def normalisation(config: RunConfig) -> Literal["clip", "imagenet"]:
+    """Whose mean and standard deviation the recipe's ViT takes pixels by (see VisionTower)."""
+    return "imagenet" if config.compat else "clip"
 
 
 def _longest(manifest: Manifest, visual_tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from lavin_ds.data.layout import Frame, laid_out_lengths
-from lavin_ds.data.schema import IMAGE_SCHEMA, ROW_SCHEMA, FileEntry, Manifest, load_manifest
+from lavin_ds.data.schema import FEATURE_SCHEMA, IMAGE_SCHEMA, ROW_SCHEMA, FileEntry, Manifest, load_manifest
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
 
@@ -173,6 +173,8 @@ class ShardReader:
         self._rows = _Table(self.directory, self.manifest.splits[split].files, ROW_SCHEMA)
         images = self.manifest.images
         self._images = _Table(self.directory, images.files, IMAGE_SCHEMA) if images else None
+        features = self.manifest.features
+        self._features = _Table(self.directory, features.files, FEATURE_SCHEMA) if features else None
 
     def __len__(self) -> int:
         return self._rows.length
@@ -204,6 +206,16 @@ class ShardReader:
         batch, i = self._images.locate(index)
         size = self.manifest.images.size
         return batch.bytes("pixels", i).reshape(size, size, 3)
+
+    def features(self, index: int) -> np.ndarray:
+        """Cached [cls] features of image Row.image, float32 [P, W], a read-only view of the mapped file."""
+        batch, i = self._features.locate(index)
+        entry = self.manifest.features
+        return batch.items("features", i).reshape(entry.visual_tokens, entry.width)
+
+    def visual_input(self, vision_source: str) -> Callable[[int], np.ndarray]:
+        """What a recipe with this model.vision_source reads of an image, by Row.image: its pixels or its features."""
+        return self.features if vision_source == "cached" else self.image
 
     def lengths(self, visual_tokens: int) -> np.ndarray:
         """Ids of every sample laid out for training, without the modality token; int64 [rows]."""

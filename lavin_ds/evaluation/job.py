@@ -77,7 +77,7 @@ def prepare(arguments: EvalArguments) -> Job:
     """
     subject = _subject_of_run(arguments) if arguments.run else _subject_of_recipe(arguments)
     reader = ShardReader(subject.data, arguments.split)
-    disagreements = check_manifest(reader.manifest, subject.config)
+    disagreements = check_manifest(reader.manifest, subject.config, _features_clip(subject.adapter))
     if disagreements:
         raise UserError(f"{subject.data} was not prepared for {subject.config.name}: {'; '.join(disagreements)}.")
     tokenizer = Tokenizer(subject.data / reader.manifest.tokenizer.file)
@@ -168,6 +168,12 @@ def _subject_of_recipe(arguments: EvalArguments) -> Subject:
     if adapter and not learns:
         raise UserError(f"Recipe {config.name} has no adapters: leave --adapter out or give the adapter's recipe.")
     return Subject(config, arguments.llama, arguments.clip, adapter, arguments.data)
+
+
+def _features_clip(adapter: Path | None) -> str | None:
+    """SHA-256 of the CLIP file whose cached features the adapters were trained on, if they were."""
+    known = adapter and record_file(adapter).is_file()
+    return read_record(adapter).base.features_clip_sha256 if known else None
 
 
 def _default_out(arguments: EvalArguments, recipe: str, partial: bool) -> Path:

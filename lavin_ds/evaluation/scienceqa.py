@@ -167,6 +167,7 @@ def evaluate(
     visual_tokens = model.config.visual_tokens
     max_length = reader.manifest.prompt.max_length
     device = next(model.parameters()).device
+    visual_input = reader.visual_input(model.config.vision_source)
     rows = [reader.row(index) for index in range(min(len(reader), limit or len(reader)))]
     lengths = reader.prompt_lengths(visual_tokens).tolist()[: len(rows)]
     rooms = [room(length, max_new_tokens, max_length) for length in lengths]
@@ -176,7 +177,7 @@ def evaluate(
     for indices in batches_by_length(lengths, batch_size):
         fitting = [i for i in indices if rooms[i] >= 1]  # the others are reported as no_room
         if fitting:
-            batch = prompt_batch([rows[i] for i in fitting], reader.image, reader.frame, visual_tokens)
+            batch = prompt_batch([rows[i] for i in fitting], visual_input, reader.frame, visual_tokens)
             ids = generate(model, batch.to(device), max_new_tokens, tokenizer.eos_id, sampling, max_length)
             responses.update(zip(fitting, ids, strict=True))
         done += len(indices)

@@ -1,6 +1,7 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
 
-Dimensions: B samples, T tokens, D model width, P visual tokens, V vocabulary.
+Dimensions: B samples, T tokens, D model width, P visual tokens, V vocabulary. Of a packed batch, ids and hidden states
+are [1, T] and [1, T, D] with all samples in the one row; what says _B still has an entry a sample.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Lavin(nn.Module):
         llm, vision = config.llm, config.vision
         self.llm = Llama(llm, config.llm_adapter, dtype, activation_checkpointing)
         self.vision = self.neck = self.modality = None
-        if vision:
+        if config.has_vit:
             self.vision = VisionTower(vision, config.vision_adapter, dtype, activation_checkpointing, compat)
+        if vision:
             self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
         if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].routed:
             self.modality = ModalityEmbedding(llm.dim)
@@ -64,19 +66,26 @@ class Lavin(nn.Module):
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token embeddings [B, T, D] with the visual tokens in their places, and the modality [B] (1: image)."""
         x_BTD = self.llm.embed(batch.ids_BT)
-        if self.vision is None:
+        if self.neck is None:
             return x_BTD, torch.zeros_like(batch.image_B)
         has_image_B = batch.image_B >= 0
         # A batch without images goes through here too, with no rows: on every rank every trainable module
         # takes part in every step, or ZeRO's collectives would wait for it for ever.
         visual_BPD = self.neck(self._cls_tokens(batch, has_image_B)).to(x_BTD.dtype)
-        start = batch.visual_start or 0
-        x_BTD = x_BTD.clone()
-        x_BTD[has_image_B, start : start + visual_BPD.shape[1]] = visual_BPD
-        return x_BTD, has_image_B.long()
+        slot_P = (batch.visual_start or 0) + torch.arange(visual_BPD.shape[1], device=x_BTD.device)
+        slot_BP = batch.first_B()[has_image_B][:, None] + slot_P
+        x_ND = x_BTD.flatten(0, 1).clone()
+        x_ND[slot_BP] = visual_BPD
+        return x_ND.view_as(x_BTD), has_image_B.long()
 
     def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
         """[cls] tokens of the samples with an image, [samples with an image, P, vision width]."""
+        if self.vision is None:
+            features_NPW = batch.features_NPW
+            if features_NPW is None:
+                shape = (0, self.config.visual_tokens, self.config.vision.width)
+                features_NPW = torch.empty(shape, device=batch.ids_BT.device)
+            return features_NPW[batch.image_B[has_image_B]]
         images = batch.images_NHWC
         if images is None:
             size = self.config.vision.image_size
@@ -92,16 +101,17 @@ class Lavin(nn.Module):
     def hidden(self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
-        return self._through_llm(x_BTD, modality_B, positions, cache)
+        return self._through_llm(x_BTD, modality_B, positions, cache, batch.packed)
 
-    def _through_llm(self, x_BTD, modality_B, positions=None, cache=None):
+    def _through_llm(self, x_BTD, modality_B, positions=None, cache=None, packed=None):
         modality_MD = self.modality() if self.modality is not None else None
-        return self.llm(x_BTD, modality_MD, modality_B, positions, cache)
+        return self.llm(x_BTD, modality_MD, modality_B, positions, cache, packed)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """Sum of the labelled tokens' cross-entropies (fp32 scalar), and how many there are (paper 1, eq. 5)."""
         h_BTD = self.hidden(batch)
-        labelled_BT = batch.labels_BT[:, 1:] != IGNORE  # position i - 1 predicts token i
+        # Position i - 1 predicts token i. A packed sample's first token has no label: no sample predicts another's.
+        labelled_BT = batch.labels_BT[:, 1:] != IGNORE
         target_N = batch.labels_BT[:, 1:][labelled_BT]
         return self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
 

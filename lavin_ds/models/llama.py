@@ -61,6 +61,7 @@ class Rows:
     modalities: int  # M
     batch: int  # B
     length: int  # T
+    packed: tuple[int, ...] | None  # lengths of the samples that lie end to end in the one row (B = 1); None: padded
     owner_N: torch.Tensor | None  # [N] index into the first M rows; None when M is 0
 
 
@@ -131,6 +132,16 @@ class KVCache:
         return (slot <= self.length_B[:, None])[:, None, None]
 
 
+def packed_attention(q_BHTK, k_BGTK, v_BGTK, lengths: tuple[int, ...], **how) -> torch.Tensor:
+    """Causal attention of samples that lie end to end along T, none of which sees another.
+
+    One product a sample: each is plainly causal, which every SDPA kernel does without a mask, so that neither work
+    nor memory goes into pairs of samples.
+    """
+    samples = zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BGTK, v_BGTK)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, **how) for qkv in samples], dim=2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -158,15 +169,15 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.append_prompt(k_BTGK, v_BTGK)
             k_BGSK, v_BGSK, visible = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2), None
-        # Samples are padded on the right, so causality alone keeps padding out of sight.
-        attended_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2),
-            k_BGSK,
-            v_BGSK,
-            attn_mask=visible,
-            is_causal=not decoding,
-            enable_gqa=self.groups > 1,
-        )
+        q_BHTK = q_BTHK.transpose(1, 2)
+        grouped = self.groups > 1
+        if rows.packed:
+            attended_BHTK = packed_attention(q_BHTK, k_BGSK, v_BGSK, rows.packed, enable_gqa=grouped)
+        else:
+            # Samples are padded on the right, so causality alone keeps padding out of sight.
+            attended_BHTK = F.scaled_dot_product_attention(
+                q_BHTK, k_BGSK, v_BGSK, attn_mask=visible, is_causal=not decoding, enable_gqa=grouped
+            )
         attended = attended_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)  # [B*T, H*K]
         if M:
             # A modality token attends to itself alone: its attention is its own value.
@@ -243,18 +254,23 @@ class Llama(nn.Module):
         modality_B: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        packed: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Embedded tokens to normed hidden states, both [B, T, D].
 
         modality_MD: the modality tokens, and modality_B which of them each sample carries; None for neither.
-        positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0.
+        positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0, in every sample.
+        packed: lengths of the samples that lie end to end in one row (B = 1); modality_B then has an entry for each.
         cache: filled by a first call on whole prompts; later calls decode one token a sample (T = 1).
         """
         B, T, D = x_BTD.shape
         M = 0 if modality_MD is None else len(modality_MD)
         decoding = cache is not None and bool(cache.keys)
         if positions is None:
-            index = cache.length_B[:, None] if decoding else torch.arange(T, device=x_BTD.device)
+            if decoding:
+                index = cache.length_B[:, None]
+            else:
+                index = torch.cat([torch.arange(length, device=x_BTD.device) for length in packed or (T,)])
             positions = index + (1 if M else 0)
         rotary = rotary_angles(positions, self.config)
         x_ND = x_BTD.reshape(B * T, D)
@@ -262,8 +278,9 @@ class Llama(nn.Module):
         if M:
             x_ND = torch.cat([modality_MD.to(x_ND.dtype), x_ND])
             itself_M = torch.arange(M, device=x_ND.device)
-            owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
-        rows = Rows(M, B, T, owner_N)
+            length_B = torch.tensor(packed, device=x_ND.device) if packed else T
+            owner_N = torch.cat([itself_M, modality_B.repeat_interleave(length_B, output_size=B * T)])
+        rows = Rows(M, B, T, packed, owner_N)
         for index, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_ND = checkpoint(block, x_ND, rows, rotary, use_reentrant=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -132,7 +132,10 @@ def make_batch(model: ModelConfig, workload: Workload) -> Batch:
         ids_BT=torch.zeros(B, T, dtype=torch.int64),
         labels_BT=labels_BT,
         image_B=torch.tensor([b if b < images else -1 for b in range(B)]),
-        images_NHWC=torch.zeros(images, size, size, 3, dtype=torch.uint8) if images else None,
+        images_NHWC=torch.zeros(images, size, size, 3, dtype=torch.uint8) if images and model.has_vit else None,
+        features_NPW=torch.zeros(images, model.visual_tokens, model.vision.width)
+        if images and not model.has_vit
+        else None,
         visual_start=VISUAL_START if images else None,
         lengths_B=torch.full((B,), T),
         row_ids=[str(b) for b in range(B)],
@@ -151,8 +154,9 @@ def simulate(
     batch = make_batch(config.model, workload)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         make_fake(model)
-        if batch.images_NHWC is not None:
-            batch = Batch(**{**vars(batch), "images_NHWC": mode.from_tensor(batch.images_NHWC)})
+        for name in ("images_NHWC", "features_NPW"):
+            if getattr(batch, name) is not None:
+                batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
         with ConcreteIndices():
             tracker = trace_step(model, batch)
     trainable = sum(parameter.numel() for parameter in model.trainable().values())

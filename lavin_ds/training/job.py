@@ -102,7 +102,9 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     values = checkpoint.gather_values(engine, trainable)
     memory = peak_memory(device)
     if is_first:
-        save_adapter(out / "adapter.safetensors", values, config, arguments.llama, arguments.clip)
+        features = loop.reader.manifest.features if config.model.vision_source == "cached" else None
+        source = features.clip_sha256 if features else None
+        save_adapter(out / "adapter.safetensors", values, config, arguments.llama, arguments.clip, source)
         summary = _summary(out, loop, values, memory)
         plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         write_json(out / "summary.json", summary)

@@ -67,6 +67,7 @@ class Loop:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig, reader: ShardReader, device: torch.device):
         self.engine, self.config, self.reader, self.device = engine, config, reader, device
         self.visual_tokens = config.model.visual_tokens
+        self.visual_input = reader.visual_input(config.model.vision_source)
         self.lengths = reader.lengths(self.visual_tokens)
         self.has_image = reader.has_pixels & (self.visual_tokens > 0)
         self.samples = reader.trainable
@@ -92,7 +93,7 @@ class Loop:
         chosen = self.samples[global_batch_indices(count, training.global_batch, training.seed, step)]
         ranks, rank = data_parallel_size(), data_parallel_rank()
         lengths, has_image = self.lengths[chosen], self.has_image[chosen]
-        parts = assign(chosen, lengths, has_image, ranks, training.micro_batch)[rank]
+        parts = assign(chosen, lengths, has_image, ranks, training.micro_batch, training.packing)[rank]
         labelled = int(self.reader.label_counts[chosen].sum())
         rate = step_learning_rate(step, count, training)
         for group in self.engine.optimizer.param_groups:
@@ -139,7 +140,11 @@ class Loop:
         labelled_share: labelled tokens of the global batch over all micro-batches of all ranks.
         """
         batch = collate(
-            [self.reader.row(int(i)) for i in rows], self.reader.image, self.reader.frame, self.visual_tokens
+            [self.reader.row(int(i)) for i in rows],
+            self.visual_input,
+            self.reader.frame,
+            self.visual_tokens,
+            self.config.training.packing,
         ).to(self.device)
         loss_sum, labels = self.engine(batch)
         # compat: every micro-batch weighs the same, however many labels it has.

@@ -35,12 +35,13 @@ class BaseFiles(BaseModel):
 
 
 class Base(BaseModel):
-    """The frozen models that the adapters were trained on; `clip` is None for a text-only run."""
+    """The frozen models that the adapters were trained on; `clip` is None where no ViT ran in training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     llama: BaseFiles
     clip: BaseFiles | None = None
+    features_clip_sha256: str | None = None  # of the CLIP file whose cached features took the ViT's place
 
 
 class AdapterRecord(BaseModel):
@@ -75,11 +76,13 @@ def save_adapter(
     config: RunConfig,
     llama: Path,
     clip: Path | None = None,
+    features_clip_sha256: str | None = None,
 ) -> AdapterRecord:
     """Writes FILE and FILE.json, each atomically, FILE last: where it stands, both are whole.
 
     tensors: Lavin.trainable(), by name; under ZeRO-3 gathered by the caller.
-    llama, clip: the frozen models, which the record identifies by their files' names and sizes.
+    llama, clip: the frozen models, which the record identifies by their files' names and sizes; where cached
+    features took the ViT's place, features_clip_sha256 names the file they came from.
     """
     # Copied when not already fp32 and contiguous; safetensors refuses views that share a storage.
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
@@ -88,7 +91,11 @@ def save_adapter(
         format=FORMAT,
         lavin_ds=__version__,
         recipe=config.name,
-        base=Base(llama=_identify(llama), clip=_identify(clip) if clip else None),
+        base=Base(
+            llama=_identify(llama),
+            clip=_identify(clip) if clip else None,
+            features_clip_sha256=features_clip_sha256,
+        ),
         trainable_parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=len(content),
         tensors={name: list(tensor.shape) for name, tensor in tensors.items()},

@@ -23,14 +23,18 @@ def check_inputs(config: RunConfig, llama: Path, clip: Path | None) -> None:
 
     Raises:
         UserError: a file is missing, cannot be read or contradicts the recipe; or CLIP is given to a text-only
-            recipe, or not given to another.
+            recipe or one with cached features, or not given to another.
     """
     check_llama(llama, config.model.llm)
-    if config.model.vision and clip is None:
+    if config.model.has_vit and clip is None:
         raise UserError(f"Recipe {config.name} sees images: give a CLIP file with --clip.")
     if clip is not None and not config.model.vision:
         raise UserError(f"Recipe {config.name} is text-only (it has no model.vision): leave --clip out.")
-    if config.model.vision:
+    if clip is not None and not config.model.has_vit:
+        raise UserError(
+            f"Recipe {config.name} reads cached features (model.vision_source) and runs no ViT: leave --clip out."
+        )
+    if config.model.has_vit:
         check_clip(clip, config.model.vision)
 
 

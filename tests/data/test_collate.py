@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -72,3 +74,29 @@ def test_to_moves_every_tensor(make):
     batch = make(ROWS, pixels, FRAME, 2).to("meta")
     assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
     assert batch.row_ids == ["a", "b", "c"] and batch.visual_start == 4
+
+
+def test_packed_samples_lie_end_to_end():
+    padded, packed = collate(ROWS, pixels, FRAME, 2), collate(ROWS, pixels, FRAME, 2, packing=True)
+    assert packed.packed == (9, 8, 10) and padded.packed is None
+    assert packed.ids_BT.shape == (1, 27)
+    for ours, theirs in ((packed.ids_BT, padded.ids_BT), (packed.labels_BT, padded.labels_BT)):
+        assert ours[0].tolist() == [token for row, n in zip(theirs, (9, 8, 10), strict=True) for token in row[:n]]
+    assert packed.first_B().tolist() == [0, 9, 17] and padded.first_B().tolist() == [0, 10, 20]
+    assert packed.image_B.tolist() == padded.image_B.tolist()
+
+
+def test_cached_features_stand_in_for_pixels():
+    def features(index):
+        return np.full((2, 5), index, dtype=np.float32)
+
+    batch = collate(ROWS, features, FRAME, 2)
+    assert batch.images_NHWC is None and batch.image_B.tolist() == [0, -1, 1]
+    assert batch.features_NPW[:, 0, 0].tolist() == [40, 30] and batch.features_NPW.shape == (2, 2, 5)
+
+
+def test_a_batch_can_be_pickled():
+    for function in (collate, prompt_batch):
+        assert pickle.loads(pickle.dumps(function))(ROWS, pixels, FRAME, 2).row_ids == ["a", "b", "c"]
+    batch = collate(ROWS, pixels, FRAME, 2, packing=True)
+    assert pickle.loads(pickle.dumps(batch)).packed == batch.packed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -61,3 +62,13 @@ def make_batch(rows: Sequence[tuple[int, int]], padding: int = 0, seed: int = 0)
         lengths_B=torch.tensor([length for length, _ in rows]),
         row_ids=[str(b) for b in range(len(rows))],
     )
+
+
+def pack(batch: Batch) -> Batch:
+    """The samples of a padded batch end to end in one row."""
+    lengths = batch.lengths_B.tolist()
+    ids, labels = (
+        torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])[None]
+        for padded in (batch.ids_BT, batch.labels_BT)
+    )
+    return replace(batch, ids_BT=ids, labels_BT=labels, packed=tuple(lengths))

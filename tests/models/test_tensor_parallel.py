@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from model_helpers import CONFIG, fill, make_batch
+from model_helpers import CONFIG, fill, make_batch, pack
 
 from lavin_ds.config import LlamaConfig
+from lavin_ds.data.collate import Batch
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.llama import Llama
 from lavin_ds.parallel import initialize_tensor_parallel
@@ -33,8 +34,9 @@ def save_meta(model: Lavin, folder: Path) -> None:
     (folder / "params.json").write_text('{"dim": 32, "n_heads": 4, "n_layers": 2}')
 
 
-def losses_and_gradients(model: Lavin) -> tuple[float, dict[str, torch.Tensor]]:
-    total, count = model.eval()(make_batch(BATCH))
+def losses_and_gradients(model: Lavin, batch: Batch | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total, count = model.eval()(batch or make_batch(BATCH))
     total.backward()
     return total.item() / count, {name: p.grad.clone() for name, p in model.trainable().items()}
 
@@ -63,6 +65,7 @@ def work(rank: int, ranks: int, folder: Path, stories: Path | None) -> None:
             if not name.startswith("llm.") or name in model.trainable():
                 parameter.copy_(whole[name])
     loss, gradients = losses_and_gradients(model)
+    packed = losses_and_gradients(model, pack(make_batch(BATCH)))
 
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2)
     model.train()
@@ -73,7 +76,7 @@ def work(rank: int, ranks: int, folder: Path, stories: Path | None) -> None:
         optimizer.step()
     trained = {name: p.detach() for name, p in model.trainable().items()}
     told = story(stories) if stories else None
-    torch.save((loss, gradients, trained, told), folder / f"rank{rank}of{ranks}.pt")
+    torch.save((loss, gradients, packed, trained, told), folder / f"rank{rank}of{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -89,10 +92,10 @@ def test_ranks_agree_with_one_and_stay_alike(tmp_path, shared, ranks):
     torch.multiprocessing.spawn(work, (ranks, tmp_path, stories), nprocs=ranks)
 
     found = [torch.load(tmp_path / f"rank{rank}of{ranks}.pt") for rank in range(ranks)]
-    for rank_loss, rank_gradients, trained, told in found:
-        assert rank_loss == pytest.approx(loss, rel=1e-5)
+    for rank_loss, rank_gradients, (packed_loss, packed_gradients), trained, told in found:
+        assert rank_loss == pytest.approx(loss, rel=1e-5) == packed_loss
         for name, gradient in gradients.items():
-            difference = (rank_gradients[name] - gradient).norm()
-            assert difference <= 1e-4 * gradient.norm(), name
-            assert torch.equal(trained[name], found[0][2][name]), name  # replicated: the same bits on every rank
+            for found_gradient in (rank_gradients[name], packed_gradients[name]):
+                assert (found_gradient - gradient).norm() <= 1e-4 * gradient.norm(), name
+            assert torch.equal(trained[name], found[0][3][name]), name  # replicated: the same bits on every rank
         assert told == story(stories)
