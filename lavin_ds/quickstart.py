@@ -76,7 +76,8 @@ class Quickstart:
         words = ["--data", self.data, "--tokenizer", tokenizer, "--out", self.shards, "--recipe", "tiny"]
         self._show("Tokenise it into Arrow shards", "prep", "scienceqa", *words)
         with progress("prep scienceqa") as update:
-            prepare_scienceqa(self.data, tokenizer, self.shards, load_recipe("tiny"), on_progress=update)
+            show = lambda stage, done, total: update(done, total)  # noqa: E731
+            prepare_scienceqa(self.data, tokenizer, self.shards, load_recipe("tiny"), on_progress=show)
 
     def _evaluate_base(self, progress: Progress) -> dict:
         out = self.out / "eval-base.json"

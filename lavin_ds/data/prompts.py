@@ -1,6 +1,8 @@
-"""What a ScienceQA question becomes as text: the prompt that is read and the response that is learnt.
+"""What a record becomes as text: the prompt that is read and the response that is learnt.
 
-A format such as `QCM-ALE` names the parts in order: before the dash what the prompt holds, after it what the
+A recipe's `data.prompt_format` names the wording, and with it the kind of data.
+
+ScienceQA: a format such as `QCM-ALE` names the parts in order: before the dash what the prompt holds, after it what the
 response holds (Q question, C context, M choices, L lecture, E explanation, which the data set calls the
 solution, A answer).
 
@@ -18,6 +20,12 @@ Two readings exist; `compat` chooses the authors' one. Where they differ:
 
 Line breaks are kept because they carry meaning there (tables in hints, lists and paragraphs in lectures), and
 because a backslash-n is a spelling the frozen LLM has not read its text in.
+
+Instructions: `single-turn` makes a sample of every turn of a conversation, each with the image, as the authors
+train them (reference, section 2); `conversation` one sample of all its turns. The wording of a turn is theirs.
+
+`caption`: no paper states a prompt for captioning. This is the authors' wording of an instruction, with one of the
+eleven instructions of LLaVA's pre-training set ("Visual Instruction Tuning", table 11).
 """
 
 from __future__ import annotations
@@ -41,7 +49,9 @@ INPUT_PARTS = {  # the order of the prompt's lines; L, E and LE are one BECAUSE 
     "QCLEM": ("Q", "C", "LE", "M"),
 }
 OUTPUTS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
-FORMATS = tuple(f"{i}-{o}" for i in INPUT_PARTS for o in OUTPUTS)
+FORMATS = tuple(f"{i}-{o}" for i in INPUT_PARTS for o in OUTPUTS)  # ScienceQA's
+SINGLE_TURN, CONVERSATION, CAPTION = "single-turn", "conversation", "caption"
+CAPTION_INSTRUCTION = "Provide a brief description of the given image."
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,55 @@ class Question:
         return LETTERS[self.answer]
 
 
+@dataclass(frozen=True)
+class QuestionTurn:
+    """A ScienceQA question in one of FORMATS (a `Turn`, see data/samples.py)."""
+
+    question: Question
+    caption: str | None
+    format: str
+    compat: bool = False
+
+    @property
+    def context(self) -> str:
+        return context_of(self.question, self.caption, self.compat)
+
+    @property
+    def response(self) -> str:
+        return build_response(self.question, self.format, self.compat)
+
+    def prompt(self, context: str) -> str:
+        return build_prompt(self.question, self.format, context, self.compat)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction, what it is about (Alpaca's input; may be empty) and the reply (a `Turn`, see data/samples.py)."""
+
+    instruction: str
+    input: str
+    reply: str
+    compat: bool = False
+
+    @property
+    def context(self) -> str:
+        return _tidy(self.input) if not self.compat else self.input
+
+    @property
+    def response(self) -> str:
+        return _squeeze_once(self.reply) if self.compat else " " + _tidy(self.reply)
+
+    def prompt(self, context: str) -> str:
+        if self.compat:
+            return _squeeze_once(f"Instruction: {self.instruction} {context}\nResponse:")
+        return f"Instruction: {_tidy(self.instruction)} {context}".rstrip() + "\nResponse:"
+
+
 def check_format(format: str) -> None:
-    """Raises UserError unless `format` is one of FORMATS."""
+    """Raises UserError unless `format` is one of FORMATS, those of ScienceQA."""
     if format not in FORMATS:
         raise UserError(
-            f"data.prompt_format '{format}' is unknown: write INPUT-OUTPUT, with an input of "
+            f"data.prompt_format '{format}' is none of ScienceQA's: write INPUT-OUTPUT, with an input of "
             f"{', '.join(INPUT_PARTS)} and an output of {', '.join(OUTPUTS)}, for example QCM-ALE."
         )
 

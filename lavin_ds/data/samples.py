@@ -1,22 +1,41 @@
-"""From the text of a question to its tokens, under the length limit.
+"""From texts to the tokens of a sample, under the length limit.
 
 In training a sample is prompt, response and EOS; in evaluation its prompt alone. A long lecture in the
 response must not change the question that is asked in evaluation, so the two are fitted apart: a row carries
 a prompt of its own (`prompt_ids`) wherever training had to shorten it, and a sample that cannot be trained on
 without losing a part of the response is still kept to be answered.
+
+A sample may be a whole conversation: its turns stand one after the other, each prompt, response and EOS, and
+every response is learnt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from lavin_ds.data.layout import Frame, room
-from lavin_ds.data.prompts import Question, build_prompt, build_response
 from lavin_ds.data.schema import PromptSettings
 from lavin_ds.data.tokenizer import Tokenizer
 
 ANSWER_ROOM = 64  # tokens left to generate after an evaluation prompt; the authors' max_gen_len
+
+
+class Turn(Protocol):
+    """What is asked and what is learnt, as text (see data/prompts.py).
+
+    `context` is the part of the prompt that may be cut to make it fit. The response starts with the space that
+    follows "Response:", unless it is worded for compat.
+    """
+
+    @property
+    def context(self) -> str: ...
+
+    @property
+    def response(self) -> str: ...
+
+    def prompt(self, context: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -41,30 +60,44 @@ class Sample:
         return self.label_spans[0] if self.label_spans else len(self.token_ids)
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A turn and its ids; the response's end with EOS."""
+
+    turn: Turn
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+    @property
+    def total(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
 def make_samples(
-    questions: list[Question],
-    contexts: list[str],
-    has_image: list[bool],
+    conversations: Sequence[Sequence[Turn]],
+    has_image: Sequence[bool],
     tokenizer: Tokenizer,
     frame: Frame,
     settings: PromptSettings,
 ) -> list[Sample]:
-    """Tokenises questions, each with its context, and fits them into settings.max_length."""
-    compat = settings.compat is not None
-    prompts = [build_prompt(q, settings.format, c, compat) for q, c in zip(questions, contexts, strict=True)]
-    responses = [build_response(q, settings.format, compat) for q in questions]
+    """Tokenises conversations, most of them of a single turn, and fits each into settings.max_length."""
+    turns = [turn for conversation in conversations for turn in conversation]
+    prompts, responses = [turn.prompt(turn.context) for turn in turns], [turn.response for turn in turns]
     prompt_ids = tokenizer.encode_batch(prompts)
-    rooms = [room(settings.max_length, has, frame, settings.visual_tokens) for has in has_image]
-    if compat:
+    limits = [room(settings.max_length, has, frame, settings.visual_tokens) for has in has_image]
+    if settings.compat:
         joint_ids = tokenizer.encode_batch([p + r for p, r in zip(prompts, responses, strict=True)])
-        triples = zip(prompt_ids, joint_ids, rooms, strict=True)
+        triples = zip(prompt_ids, joint_ids, limits, strict=True)  # the authors know single turns only
         return [_cut_at_the_end(p, [*joint, tokenizer.eos_id], limit) for p, joint, limit in triples]
     response_ids = tokenizer.encode_continuation_batch(responses)
-    rows = zip(questions, contexts, prompt_ids, response_ids, rooms, strict=True)
-    return [
-        _fit(question, context, prompt, [*response, tokenizer.eos_id], limit, tokenizer, settings)
-        for question, context, prompt, response, limit in rows
-    ]
+    encoded = iter(
+        _Encoded(turn, p, [*r, tokenizer.eos_id]) for turn, p, r in zip(turns, prompt_ids, response_ids, strict=True)
+    )
+    samples = []
+    for conversation, limit in zip(conversations, limits, strict=True):
+        own = [next(encoded) for _ in conversation]
+        samples.append(_fit(own, limit, tokenizer, settings))
+    return samples
 
 
 def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> Sample:
@@ -80,57 +113,62 @@ def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> 
     )
 
 
-def _fit(
-    question: Question,
-    context: str,
-    prompt_ids: list[int],
-    response_ids: list[int],
-    limit: int,
-    tokenizer: Tokenizer,
-    settings: PromptSettings,
-) -> Sample:
-    """Whole if it fits; else by policy; and if the response cannot stay whole, the prompt alone."""
-    total = len(prompt_ids) + len(response_ids)
+def _fit(turns: list[_Encoded], limit: int, tokenizer: Tokenizer, settings: PromptSettings) -> Sample:
+    """Whole if it fits; else by policy; and if the first response cannot stay whole, the first prompt alone."""
+    total = sum(turn.total for turn in turns)
     if total <= limit:
-        return _training_sample("whole", prompt_ids, response_ids)
-    over = f"{total - limit} tokens over max_length {settings.max_length}"
+        return _training_sample("whole", turns)
     may_shorten = settings.overlength == "shorten"
+    if may_shorten and turns[0].total <= limit:
+        return _training_sample("shortened", _first_that_fit(turns, limit))
+    over = f"{total - limit} tokens over max_length {settings.max_length}"
+    turn, prompt_ids, response_ids = turns[0].turn, turns[0].prompt_ids, turns[0].response_ids
     answer_room = min(ANSWER_ROOM, settings.max_length // 4, len(response_ids))
-    asked_ids = _shorten(question, context, prompt_ids, limit - answer_room, tokenizer, settings, may_shorten)
+    asked_ids = _shorten(turn, prompt_ids, limit - answer_room, tokenizer, may_shorten)
     if asked_ids is None:
         return Sample("dropped", reason=f"{over} (its prompt leaves no room for an answer)")
     if may_shorten:
-        shorter_ids = _shorten(question, context, asked_ids, limit - len(response_ids), tokenizer, settings)
+        shorter_ids = _shorten(turn, asked_ids, limit - len(response_ids), tokenizer)
         if shorter_ids is not None:
-            return _training_sample("shortened", shorter_ids, response_ids, asked_ids)
+            return _training_sample("shortened", [_Encoded(turn, shorter_ids, response_ids)], asked_ids)
     why = "too long even without its context" if may_shorten else f"overlength is {settings.overlength}"
     return Sample("evaluation_only", token_ids=asked_ids, reason=f"{over} ({why})")
 
 
-def _training_sample(outcome, prompt_ids, response_ids, asked_ids=()) -> Sample:
-    n, total = len(prompt_ids), len(prompt_ids) + len(response_ids)
-    same_prompt = asked_ids == prompt_ids
-    return Sample(outcome, [*prompt_ids, *response_ids], [n, total], () if same_prompt else asked_ids)
+def _first_that_fit(turns: list[_Encoded], limit: int) -> list[_Encoded]:
+    """As many of a conversation's first turns as `limit` takes."""
+    kept, total = [], 0
+    for turn in turns:
+        total += turn.total
+        if total > limit:
+            break
+        kept.append(turn)
+    return kept
+
+
+def _training_sample(outcome: str, turns: list[_Encoded], asked_ids: Sequence[int] = ()) -> Sample:
+    token_ids, label_spans = [], []
+    for turn in turns:
+        token_ids += turn.prompt_ids
+        label_spans += [len(token_ids), len(token_ids) + len(turn.response_ids)]
+        token_ids += turn.response_ids
+    same_prompt = asked_ids == turns[0].prompt_ids
+    return Sample(outcome, token_ids, label_spans, () if same_prompt else asked_ids)
 
 
 def _shorten(
-    question: Question,
-    context: str,
-    prompt_ids: list[int],
-    limit: int,
-    tokenizer: Tokenizer,
-    settings: PromptSettings,
-    may_shorten: bool = True,
+    turn: Turn, prompt_ids: list[int], limit: int, tokenizer: Tokenizer, may_shorten: bool = True
 ) -> list[int] | None:
     """Ids of the prompt with as many of the context's first words as fit into `limit`, or None."""
     if len(prompt_ids) <= limit:
         return prompt_ids
+    context = turn.context
     context_ids = tokenizer.encode(context) if may_shorten else []
     keep = len(context_ids)
     while keep and len(prompt_ids) > limit:
         keep = max(0, keep - (len(prompt_ids) - limit))
         shorter = _whole_words(context, tokenizer.decode(context_ids[:keep]))
-        prompt_ids = tokenizer.encode(build_prompt(question, settings.format, shorter))
+        prompt_ids = tokenizer.encode(turn.prompt(shorter))
     return prompt_ids if len(prompt_ids) <= limit else None
 
 

@@ -17,7 +17,7 @@ from lavin_ds.config import Dtype, RunConfig, Section, VisionConfig
 from lavin_ds.data.layout import Frame
 from lavin_ds.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 REJECTS_NAME = "rejects.jsonl"
@@ -37,13 +37,15 @@ ROW_SCHEMA = _schema(
     prompt_length=pa.int32(),  # tokens before the first label
     prompt_ids=pa.list_(pa.int32()),  # what evaluation reads; empty: the same as in token_ids
     image=pa.int32(),  # row of the image table, or -1
-    # The columns of the ScienceQA score, and its answer.
     has_image=pa.bool_(),
+    # The columns of the ScienceQA score, and its answer; false, -1, 0 and "" in other kinds of data.
     has_hint=pa.bool_(),
     answer=pa.int8(),
     n_choices=pa.int8(),
     subject=pa.string(),
     grade=pa.string(),
+    # What a caption is scored against; empty in other kinds of data, and in rows that are only trained on.
+    references=pa.list_(pa.field("item", pa.string(), nullable=False)),
 )
 
 # One row a distinct image file, whatever the number of samples and splits that show it.
@@ -69,10 +71,10 @@ class FileEntry(Section):
 
 
 class LengthCounts(Section):
-    """What became of the samples of a split under the length limit; they add up to all of its records."""
+    """What became of the samples of a split under the length limit; they add up to all of its samples."""
 
     whole: int = 0
-    shortened: int = 0  # the context was cut so that the response fits
+    shortened: int = 0  # the context, or a conversation's last turns, were cut so that the response fits
     cut: int = 0  # compat only: lost tokens at the end, as the authors' code does
     evaluation_only: int = 0  # too long to train on; kept, without labels, to be answered
     dropped: int = 0  # not even the prompt fits
@@ -82,6 +84,7 @@ class SplitEntry(Section):
     files: list[FileEntry]
     rows: int = Field(ge=0)
     images: int = Field(ge=0)  # rows with an image
+    records: int = Field(ge=0)  # of the source, `rejected` ones included; one may become several rows
     lengths: LengthCounts
     rejected: int = Field(0, ge=0)  # bad records that --on-error skip left out
     longest_image: int = Field(0, ge=0)  # own tokens (prompt, response, EOS) of the longest row with an image
@@ -141,7 +144,7 @@ class PromptSettings(Section):
 
 class Manifest(Section):
     schema_version: int
-    kind: Literal["scienceqa"]
+    kind: Literal["scienceqa", "instruct", "captions"]
     created_by: str
     splits: dict[str, SplitEntry]
     images: ImageEntry | None  # None: prepared for a recipe without vision

@@ -7,13 +7,13 @@ and ranks on one machine share the pages.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,103 +24,56 @@ from lavin_ds.data.schema import FEATURE_SCHEMA, IMAGE_SCHEMA, ROW_SCHEMA, FileE
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
 
-# (rows a file, rows an Arrow batch): about 10 MB a file of tokens, 150 MB a file of 224-pixel images.
-# A batch is what the writer holds in memory.
-ROW_SIZES = (8192, 1024)
-IMAGE_SIZES = (1024, 32)
+# Rows an Arrow batch, which is what a writer holds in memory: about 1 MB of tokens, 5 MB of 224-pixel images.
+ROW_BATCH = 1024
+IMAGE_BATCH = 32
 
 
-class ShardWriter:
-    """Streams rows into `PREFIX-00000.arrow`, ... of one schema; memory holds one Arrow batch.
+def write_shard(path: Path, schema: pa.Schema, rows: Iterable[dict], batch_rows: int) -> FileEntry | None:
+    """Streams rows, one value a column, into a file; memory holds one Arrow batch of `batch_rows`.
 
-    A file gets its name only when it is complete and on disk. Use as a context manager: leaving it normally
-    finishes the last file, leaving it by an exception removes the unfinished one. `files` lists what was
-    written.
+    The file gets its name only when it is complete and on disk; what fails leaves none. No rows: no file, and None.
 
     Raises:
-        UserError: the disk is full or the directory cannot be written.
+        UserError: the disk is full or the folder cannot be written.
     """
+    rows = iter(rows)
+    batch = list(islice(rows, batch_rows))
+    if not batch:
+        return None
+    temporary = path.with_name(f".{path.name}.part")
+    count = 0
+    try:
+        with _HashedFile(temporary) as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                while batch:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                    count += len(batch)
+                    batch = list(islice(rows, batch_rows))
+            file.flush()
+            os.fsync(file.fileno())
+            entry = FileEntry(name=path.name, rows=count, bytes=file.tell(), sha256=file.sha256.hexdigest())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Free space or choose another --out."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return entry
 
-    def __init__(self, directory: Path, prefix: str, schema: pa.Schema, file_rows: int, batch_rows: int):
-        self.directory, self.prefix, self.schema = Path(directory), prefix, schema
-        self.file_rows, self.batch_rows = file_rows, batch_rows
-        self.files: list[FileEntry] = []
-        self.rows = 0
-        self._pending: list[dict] = []
-        self._rows_in_file = 0
-        self._sink = self._writer = self._temporary = None
 
-    def add(self, row: dict) -> int:
-        """Appends a row, one value a column; returns its index in the table."""
-        self._pending.append(row)
-        self.rows += 1
-        in_file = self._rows_in_file + len(self._pending)
-        if len(self._pending) == self.batch_rows or in_file == self.file_rows:
-            self._guard(self._write_batch)
-        if in_file == self.file_rows:
-            self._guard(self._finish_file)
-        return self.rows - 1
+class _HashedFile(io.BufferedWriter):
+    """A new file that hashes what is written to it: Arrow writes from front to back."""
 
-    def close(self) -> list[FileEntry]:
-        """Finishes the last file; idempotent."""
-        if self._pending:
-            self._guard(self._write_batch)
-        if self._writer:
-            self._guard(self._finish_file)
-        return self.files
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256 = hashlib.sha256()
 
-    def abort(self) -> None:
-        """Removes the unfinished file; finished ones stay."""
-        self._pending = []
-        if self._temporary:
-            for stream in (self._writer, self._sink):
-                # Closing writes a footer, which a full disk refuses again, as does a closed file.
-                with suppress(OSError, ValueError):
-                    stream.close()
-            self._temporary.unlink(missing_ok=True)
-            self._sink = self._writer = self._temporary = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind, value, traceback) -> None:
-        self.close() if kind is None else self.abort()
-
-    def _guard(self, step) -> None:
-        try:
-            step()
-        except OSError as error:
-            where = self._temporary or self.directory
-            self.abort()
-            raise UserError(
-                f"{where} cannot be written: {error.strerror or error}. Free space or choose another --out."
-            ) from None
-
-    def _write_batch(self) -> None:
-        if self._writer is None:
-            self._temporary = self.directory / f".{self.prefix}-{len(self.files):05d}.arrow.part"
-            self._sink = open(self._temporary, "wb")  # noqa: SIM115, closed in _finish_file or abort
-            self._writer = pa.ipc.new_file(self._sink, self.schema)
-        self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, schema=self.schema))
-        self._rows_in_file += len(self._pending)
-        self._pending = []
-
-    def _finish_file(self) -> None:
-        self._writer.close()
-        self._sink.close()
-        sync(self._temporary)
-        final = self.directory / f"{self.prefix}-{len(self.files):05d}.arrow"
-        entry = FileEntry(
-            name=final.name,
-            rows=self._rows_in_file,
-            bytes=self._temporary.stat().st_size,
-            sha256=file_sha256(self._temporary),
-        )
-        os.replace(self._temporary, final)
-        sync(self.directory)
-        self.files.append(entry)
-        self._rows_in_file = 0
-        self._sink = self._writer = self._temporary = None
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return super().write(data)
 
 
 def file_sha256(path: Path) -> str:
@@ -149,6 +102,7 @@ class Row:
     n_choices: int
     subject: str
     grade: str
+    references: tuple[str, ...] = ()
 
 
 class ShardReader:
@@ -199,6 +153,7 @@ class ShardReader:
             n_choices=batch.value("n_choices", i),
             subject=batch.value("subject", i),
             grade=batch.value("grade", i),
+            references=tuple(batch.value("references", i)),
         )
 
     def image(self, index: int) -> np.ndarray:

@@ -77,6 +77,8 @@ def prepare(arguments: EvalArguments) -> Job:
     """
     subject = _subject_of_run(arguments) if arguments.run else _subject_of_recipe(arguments)
     reader = ShardReader(subject.data, arguments.split)
+    if reader.manifest.kind != "scienceqa":
+        raise UserError(f"{subject.data} holds {reader.manifest.kind} data: this score is of ScienceQA's questions.")
     disagreements = check_manifest(reader.manifest, subject.config, _features_clip(subject.adapter))
     if disagreements:
         raise UserError(f"{subject.data} was not prepared for {subject.config.name}: {'; '.join(disagreements)}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lavin_ds.config import RunConfig, parse_config
-from lavin_ds.data.prompts import Question, context_of
+from lavin_ds.data.prompts import Question
 
 
 def small_config(**data) -> RunConfig:
@@ -56,13 +56,13 @@ def write_scienceqa(folder: Path, problems: dict[str, dict], splits: dict[str, l
 
 
 def golden(shared):
-    """The golden cases as (case, question, context)."""
+    """The golden cases as (case, question, caption)."""
     prompts = json.loads((shared / "golden/text/prompts.json").read_text())
     for case in prompts["cases"]:
         problem = dict(prompts["problems"][case["qid"]])
         caption = problem.pop("caption") if case["use_caption"] else problem.pop("caption") and None
         question = Question(**{**problem, "choices": tuple(problem["choices"])})
-        yield case, question, context_of(question, caption, compat=True)
+        yield case, question, caption
 
 
 def png_claiming(width: int, height: int) -> bytes:

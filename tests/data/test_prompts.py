@@ -15,7 +15,8 @@ QUESTION = Question(
 
 
 def test_compat_gives_the_authors_strings(shared):
-    for case, question, context in golden(shared):
+    for case, question, caption in golden(shared):
+        context = context_of(question, caption, compat=True)
         assert build_prompt(question, case["format"], context, compat=True) == case["prompt"]
         assert build_response(question, case["format"], compat=True) == case["response"]
 

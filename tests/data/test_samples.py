@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lavin_ds.data.layout import Frame, room
-from lavin_ds.data.prompts import Question, build_prompt, build_response, context_of
+from lavin_ds.data.prompts import Instruction, Question, QuestionTurn, build_prompt, build_response
 from lavin_ds.data.samples import make_samples
 from lavin_ds.data.schema import PromptSettings
 from lavin_ds.data.tokenizer import Tokenizer
@@ -16,8 +16,8 @@ text = st.text(alphabet="aB z\n.é日", max_size=60)
 
 def make(question, tokenizer, has_image=True, **data):
     config = PromptSettings.of(small_config(**data))
-    context = context_of(question, None, config.compat is not None)
-    return make_samples([question], [context], [has_image], tokenizer, Frame.of(tokenizer), config)[0]
+    turn = QuestionTurn(question, None, config.format, config.compat is not None)
+    return make_samples([[turn]], [has_image], tokenizer, Frame.of(tokenizer), config)[0]
 
 
 def question_of(hint="", lecture="Maps have directions.", solution=""):
@@ -26,9 +26,10 @@ def question_of(hint="", lecture="Maps have directions.", solution=""):
 
 def test_compat_gives_the_authors_ids_and_labels(shared):
     tokenizer = Tokenizer(shared / "data/tokenizer/llama-32k.model")
-    for case, question, context in golden(shared):
+    for case, question, caption in golden(shared):
         config = PromptSettings.of(small_config(compat="lavin-official", prompt_format=case["format"]))
-        [sample] = make_samples([question], [context], [False], tokenizer, Frame.of(tokenizer), config)
+        turn = QuestionTurn(question, caption, case["format"], compat=True)
+        [sample] = make_samples([[turn]], [False], tokenizer, Frame.of(tokenizer), config)
         labels = [0] * len(sample.token_ids)
         start, end = sample.label_spans
         labels[start:end] = sample.token_ids[start:end]
@@ -104,3 +105,47 @@ def test_a_prompt_that_never_fits_is_dropped(tokenizer):
     question = Question("north " * 200, ("red", "blue"), 0)
     sample = make(question, tokenizer, max_length=100)
     assert sample.outcome == "dropped" and "no room for an answer" in sample.reason
+
+
+def converse(tokenizer, turns, **data):
+    settings = PromptSettings.of(small_config(prompt_format="conversation", **data))
+    return make_samples([turns], [True], tokenizer, Frame.of(tokenizer), settings)[0]
+
+
+TURNS = [Instruction("Which colour is it?", "", "It is red."), Instruction("And north?", "", "Maps have directions.")]
+
+
+def test_every_reply_of_a_conversation_is_learnt_and_nothing_else(tokenizer):
+    sample = converse(tokenizer, TURNS)
+    spans = list(zip(sample.label_spans[::2], sample.label_spans[1::2], strict=True))
+    learnt = [tokenizer.decode(sample.token_ids[start:end]) for start, end in spans]
+    assert learnt == ["It is red.", "Maps have directions."]
+    assert [sample.token_ids[end - 1] for _, end in spans] == [tokenizer.eos_id] * 2
+    asked = [sample.token_ids[: spans[0][0]], sample.token_ids[spans[0][1] : spans[1][0]]]
+    prompts = ["Instruction: Which colour is it?\nResponse:", "Instruction: And north?\nResponse:"]
+    assert [tokenizer.decode(ids) for ids in asked] == prompts
+    assert sample.label_count == sum(end - start for start, end in spans)
+
+
+def test_a_long_conversation_loses_its_last_turns_and_keeps_the_others_whole(tokenizer):
+    whole, first = converse(tokenizer, TURNS), converse(tokenizer, TURNS[:1])
+    head = len(Frame.of(tokenizer).head(True, 2)) + 1
+    sample = converse(tokenizer, TURNS, max_length=head + len(whole.token_ids) - 1)
+    assert (sample.outcome, sample.token_ids) == ("shortened", first.token_ids)
+    kept = converse(tokenizer, TURNS, max_length=head + len(whole.token_ids) - 1, overlength="drop")
+    assert kept.outcome == "evaluation_only" and list(kept.token_ids) == first.token_ids[: first.prompt_length]
+
+
+def test_an_instruction_loses_the_end_of_its_input_alone(tokenizer):
+    turn = Instruction("Look at the map.", "north " * 30, "It is red.")
+    settings = {"prompt_format": "single-turn", "max_length": 110}
+    config = PromptSettings.of(small_config(**settings))
+    [sample] = make_samples([[turn]], [False], tokenizer, Frame.of(tokenizer), config)
+    assert sample.outcome == "shortened"
+    text = tokenizer.decode(sample.token_ids)
+    assert re.fullmatch(r"Instruction: Look at the map\. (north )+north\nResponse: It is red\.", text)
+
+
+def test_compat_words_an_instruction_as_the_authors_do():
+    turn = Instruction("Name  it.", "A rose.", " Red. ", compat=True)
+    assert turn.prompt(turn.context) == "Instruction: Name it. A rose.\nResponse:" and turn.response == "Red."

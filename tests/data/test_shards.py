@@ -1,4 +1,3 @@
-import errno
 import json
 import pickle
 from dataclasses import replace
@@ -10,7 +9,7 @@ from data_helpers import record, small_config, write_scienceqa
 from lavin_ds.data import shards
 from lavin_ds.data.layout import lay_out
 from lavin_ds.data.schema import ROW_SCHEMA, check_manifest, load_manifest, manifest_sha256
-from lavin_ds.data.shards import ShardReader, ShardWriter
+from lavin_ds.data.shards import ShardReader, write_shard
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.errors import UserError
 
@@ -30,6 +29,7 @@ def row(number: int) -> dict:
         "n_choices": 2,
         "subject": "social science",
         "grade": "grade3",
+        "references": ["a map"] * (number % 2),
     }
 
 
@@ -44,10 +44,12 @@ def prepared(tmp_path, tokenizer_file):
 
 
 def test_rows_come_back_over_batches_and_files(tmp_path):
-    with ShardWriter(tmp_path, "train", ROW_SCHEMA, file_rows=10, batch_rows=4) as writer:
-        assert [writer.add(row(i)) for i in range(25)] == list(range(25))
-    assert [file.rows for file in writer.files] == [10, 10, 5]
-    table = shards._Table(tmp_path, writer.files, ROW_SCHEMA)
+    files = [
+        write_shard(tmp_path / f"train-{start}.arrow", ROW_SCHEMA, map(row, range(start, min(start + 10, 25))), 4)
+        for start in (0, 10, 20)
+    ]
+    assert [file.rows for file in files] == [10, 10, 5]
+    table = shards._Table(tmp_path, files, ROW_SCHEMA)
     assert table.length == 25
     for i in range(25):
         batch, within = table.locate(i)
@@ -58,35 +60,26 @@ def test_rows_come_back_over_batches_and_files(tmp_path):
         table.locate(25)
 
 
-def test_the_same_rows_give_the_same_bytes(tmp_path):
-    hashes = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        with ShardWriter(tmp_path / name, "x", ROW_SCHEMA, 10, 4) as writer:
-            for i in range(7):
-                writer.add(row(i))
-        hashes.append([file.sha256 for file in writer.files])
-    assert hashes[0] == hashes[1]
+def test_the_entry_of_a_file_is_what_is_on_disk_and_the_same_rows_give_the_same_bytes(tmp_path):
+    entries = [write_shard(tmp_path / f"{name}.arrow", ROW_SCHEMA, map(row, range(7)), 4) for name in "ab"]
+    for entry in entries:
+        path = tmp_path / entry.name
+        assert (entry.bytes, entry.sha256) == (path.stat().st_size, shards.file_sha256(path))
+    assert entries[0].sha256 == entries[1].sha256
+
+
+def test_no_rows_make_no_file(tmp_path):
+    assert write_shard(tmp_path / "x.arrow", ROW_SCHEMA, [], 4) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_unfinished_file(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "x", ROW_SCHEMA, 10, 4) as writer:
-        for i in range(15):
-            writer.add(row(i))
+    def rows():
+        yield from map(row, range(5))
         raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["x-00000.arrow"]
 
-
-def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shards, "sync", full)
-    with (
-        pytest.raises(UserError, match="No space left on device"),
-        ShardWriter(tmp_path, "x", ROW_SCHEMA, 10, 4) as writer,
-    ):
-        writer.add(row(0))
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path / "x.arrow", ROW_SCHEMA, rows(), 4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +122,7 @@ def test_rows_without_labels_are_not_trainable(tmp_path, tokenizer_file):
         (lambda d: (d / "train-00000.arrow").unlink(), "train-00000.arrow is missing"),
         (lambda d: (d / "images-00000.arrow").unlink(), "images-00000.arrow is missing"),
         (lambda d: (d / "train-00000.arrow").open("ab").write(b"x"), "bytes and the manifest says"),
-        (lambda d: edit(d, schema_version=99), "schema_version 99 and this version reads 1"),
+        (lambda d: edit(d, schema_version=99), "schema_version 99 and this version reads 2"),
         (lambda d: edit(d, surprise=1), "surprise"),
         (lambda d: edit(d, splits={}), "has no split 'train'"),
     ],
