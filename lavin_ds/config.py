@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lavin_ds.errors import UserError
 
-AdapterKind = Literal["none", "mm", "rep"]
+# What each one is: models/adapters.py.
+AdapterKind = Literal[
+    "none", "mm", "rep", "bottleneck", "bottleneck_weighted", "concat", "loha", "loha_mm", "loha_silu", "lora"
+]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Positive = Field(gt=0)
 
@@ -103,9 +106,13 @@ class AdapterConfig(Section):
     before: tuple[Literal["attention", "ffn"], ...] = ("attention",)
 
     @model_validator(mode="after")
-    def _divisible(self):
+    def _consistent(self):
         if self.dim % self.groups:
             raise ValueError(f"adapter dim {self.dim} must be a multiple of groups {self.groups}")
+        if not self.before or len(set(self.before)) < len(self.before):
+            raise ValueError("before must name attention, ffn or both, each once; for no adapter set kind none")
+        if self.kind == "lora" and self.before != ("attention",):
+            raise ValueError("kind lora sits in attention's own projections: before must be [attention]")
         return self
 
 
@@ -121,6 +128,18 @@ class ModelConfig(Section):
     @property
     def visual_tokens(self) -> int:
         return self.vision.visual_tokens if self.vision else 0
+
+    @model_validator(mode="after")
+    def _adapters_fit(self):
+        if self.vision_adapter.kind == "lora":
+            raise ValueError("vision_adapter.kind: lora is for the LLM's projections; give the ViT rep")
+        widths = {"llm_adapter": self.llm.dim} | ({"vision_adapter": self.vision.width} if self.vision else {})
+        for name, width in widths.items():
+            adapter = getattr(self, name)
+            parts = adapter.groups * (2 if adapter.kind == "concat" else 1)
+            if adapter.kind not in ("none", "loha", "lora") and width % parts:
+                raise ValueError(f"{name}: {adapter.groups} groups of kind {adapter.kind} cannot split width {width}")
+        return self
 
     @property
     def has_vit(self) -> bool:

@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    scatter_to_model_parallel_region,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -152,10 +155,12 @@ class Attention(nn.Module):
         self.wv = _column(config.dim, config.kv_heads * config.head_dim)
         self.wo = _row(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0):
-        q_NHK, k_NGK, v_NGK = (
-            projection(x_ND).unflatten(-1, (-1, self.head_dim)) for projection in (self.wq, self.wk, self.wv)
-        )
+    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0, added=None):
+        """`added`: what a LoRA adds to all query and all value features; this rank takes those of its own heads."""
+        q, k, v = self.wq(x_ND), self.wk(x_ND), self.wv(x_ND)
+        if added is not None:
+            q, v = q + scatter_to_model_parallel_region(added[0]), v + scatter_to_model_parallel_region(added[1])
+        q_NHK, k_NGK, v_NGK = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
         M, shape = rows.modalities, (rows.batch, rows.length)
         q_BTHK = rotate(q_NHK[M:].unflatten(0, shape), *rotary)
         k_BTGK = rotate(k_NGK[M:].unflatten(0, shape), *rotary)
@@ -209,7 +214,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         with default_dtype(torch.float32):
-            self.adapters = build_adapters(config.dim, adapter)
+            self.adapters = build_adapters(config.dim, adapter, value_width=config.kv_heads * config.head_dim)
 
     def adapt(self, place: str, z_ND, rows: Rows):
         if place not in self.adapters:
@@ -218,7 +223,8 @@ class Block(nn.Module):
 
     def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0):
         z_ND = self.adapt("attention", self.attention_norm(x_ND), rows)
-        x_ND = x_ND + self.attention(z_ND, rows, rotary, cache, layer)
+        added = self.adapters["projections"](z_ND) if "projections" in self.adapters else None
+        x_ND = x_ND + self.attention(z_ND, rows, rotary, cache, layer, added)
         z_ND = self.adapt("ffn", self.ffn_norm(x_ND), rows)
         return x_ND + self.feed_forward(z_ND)
 

@@ -10,6 +10,7 @@ import torch
 from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
+from lavin_ds.models.adapters import KINDS
 
 VISUAL_START = 3
 ADAPTER = AdapterConfig(kind="mm", dim=4, dropout=0.1, temperature=2.0)
@@ -21,6 +22,19 @@ CONFIG = ModelConfig(
     neck_dim=8,
     frozen_dtype="fp32",
 )
+
+
+def _variant(llm: str, vision: str) -> ModelConfig:
+    adapters = {
+        place: {"kind": kind, "dim": 4, "before": ["attention"] if kind == "lora" else ["attention", "ffn"]}
+        for place, kind in (("llm_adapter", llm), ("vision_adapter", vision))
+    }
+    return ModelConfig.model_validate(CONFIG.model_dump() | adapters)
+
+
+# Models with every kind of adapter, by the LLM's: before attention and feed-forward where they can stand there.
+PAIRS = {"bottleneck_weighted": "concat", "concat": "bottleneck_weighted", "lora": "rep"}
+VARIANTS = {kind: _variant(kind, PAIRS.get(kind, kind)) for kind in KINDS if kind != "rep"}
 
 
 def fill(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from model_helpers import VARIANTS
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import IGNORE
-from lavin_ds.models.adapters import frozen_parameters
+from lavin_ds.models.adapters import KINDS, frozen_parameters
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.skeleton import build_on_meta
 
@@ -113,8 +114,26 @@ def test_activation_checkpointing_changes_no_gradient(config, fill, make_batch, 
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(params=VARIANTS)
+def variant(request, fill):
+    """A model of each adapter kind, before the feed-forward too where it can stand there."""
+    return fill(Lavin(VARIANTS[request.param])).eval()
+
+
+def test_every_kind_of_adapter_learns_in_every_place_whatever_is_in_the_batch(variant, make_batch):
+    for rows in ([(11, -1), (8, -1)], [(11, 0), (8, -1)]):
+        variant.zero_grad()
+        variant(make_batch(rows))[0].backward()
+        assert [name for name, p in variant.trainable().items() if p.grad is None] == []
+    # The last layer's router alone may have a gradient too small to see; no matrix may have none.
+    dead = [name for name, p in variant.trainable().items() if not p.grad.any()]
+    assert dead == [] and all(p.grad is None for p in frozen_parameters(variant).values())
+    assert (variant.modality is not None) == KINDS[variant.config.llm_adapter.kind].routed
+
+
 @torch.no_grad()
-def test_cached_decoding_gives_the_uncached_logits(model, make_batch):
+def test_cached_decoding_gives_the_uncached_logits(variant, make_batch):
+    model = variant
     batch, steps = make_batch([(11, 0), (17, -1), (9, 1)]), 5
     logits, cache, modality = model.prefill(batch, steps)
     decoded, ids = [], []
