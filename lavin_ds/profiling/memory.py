@@ -8,8 +8,11 @@ cuBLAS workspaces or what the allocator loses to fragmentation.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -19,15 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lavin_ds.config import ModelConfig, RunConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
+from lavin_ds.data.sampler import micro_batches
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
+from lavin_ds.parallel import check_world, tensor_parallel_size
 from lavin_ds.profiling.published import PublishedOptions
-from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, make_fake
-from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker
-from lavin_ds.profiling.zero import ZeroShare, zero_share
+from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, first_rank_of, make_fake
+from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker, all_reduced
+from lavin_ds.profiling.zero import ModuleTrace, ZeroPlan, gathered_lives, zero_plan
 from lavin_ds.run import adapter_file
 
-NO_ZERO = ZeroShare(stage=0, optimizer=1.0, buffers=0)
+NO_ZERO = ZeroPlan()
+FP32 = 4  # bytes
 VISUAL_START = 4  # behind BOS and "Image: ", 3 pieces in LLaMA's tokenizer; costs nothing either way
 
 COMPONENTS = {
@@ -35,7 +41,8 @@ COMPONENTS = {
     "adapters": "trainable parameters: adapters, neck, modality embedding",
     "gradients": "gradients of the trainable parameters",
     "optimizer": "AdamW's two moments",
-    "zero": "DeepSpeed's ZeRO buffers (by formula, not simulated)",
+    "zero": "DeepSpeed's ZeRO buffers, by its formulas",
+    "gathered": "ZeRO-3's whole parameters and gathering buffers",
     "batch": "token ids, labels and images of the micro-batch",
     "activations": "kept from forward for backward",
     "logits": "rows over the vocabulary, and what the loss makes of them",
@@ -117,8 +124,8 @@ def worst_case(config: RunConfig, micro_batch: int | None = None, length: int | 
     )
 
 
-def make_batch(model: ModelConfig, workload: Workload) -> Batch:
-    """A micro-batch of that shape, of zeros. Images come first."""
+def make_batch(model: ModelConfig, workload: Workload, packing: bool = False) -> Batch:
+    """A micro-batch of that shape, of zeros, one row a sample or packed in one. Images come first."""
     B, T = workload.samples, workload.length - 1  # the model itself puts the modality token before the ids
     labelled = min(T, round(workload.length * workload.labelled_fraction))
     images = workload.images if model.vision else 0
@@ -128,9 +135,10 @@ def make_batch(model: ModelConfig, workload: Workload) -> Batch:
     labels_BT = torch.full((B, T), IGNORE)
     labels_BT[:, T - labelled :] = 0
     size = model.vision.image_size if images else 0
+    rows = (1, -1) if packing else (B, T)
     return Batch(
-        ids_BT=torch.zeros(B, T, dtype=torch.int64),
-        labels_BT=labels_BT,
+        ids_BT=torch.zeros(B, T, dtype=torch.int64).view(rows),
+        labels_BT=labels_BT.view(rows),
         image_B=torch.tensor([b if b < images else -1 for b in range(B)]),
         images_NHWC=torch.zeros(images, size, size, 3, dtype=torch.uint8) if images and model.has_vit else None,
         features_NPW=torch.zeros(images, model.visual_tokens, model.vision.width)
@@ -139,31 +147,40 @@ def make_batch(model: ModelConfig, workload: Workload) -> Batch:
         visual_start=VISUAL_START if images else None,
         lengths_B=torch.full((B,), T),
         row_ids=[str(b) for b in range(B)],
+        packed=(T,) * B if packing else None,
     )
 
 
 def simulate(
     config: RunConfig, workload: Workload, gpus: int = 1, published: PublishedOptions | None = None
 ) -> Simulation:
-    """One optimizer step of `config` on one of `gpus` data-parallel ranks, without its memory. 20 s at 13B.
+    """One optimizer step of `config` on one of `gpus` ranks, without its memory. 20 s at 13B.
 
-    The whole model is on every rank: a tensor_parallel above 1 and ZeRO-3 would hold less, and are not simulated.
-    With `published` the step is the authors'; the ZeRO buffers stay those of the recipe's `deepspeed`.
+    Tensor-parallel ranks hold and compute their slices; the moments, and with ZeRO-3 the parameters, are divided over
+    gpus / tensor_parallel data-parallel ranks. With `published` the step is the authors'; the ZeRO buffers stay those
+    of the recipe's `deepspeed`.
+
+    Raises:
+        UserError: tensor_parallel does not divide `gpus`, or the workload cannot be.
     """
-    model = build_on_meta(config, published)
-    batch = make_batch(config.model, workload)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        make_fake(model)
-        for name in ("images_NHWC", "features_NPW"):
-            if getattr(batch, name) is not None:
-                batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
-        with ConcreteIndices():
-            tracker = trace_step(model, batch)
-    trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    return summarise(tracker, workload, zero_share(config, gpus, trainable))
+    check_world(gpus, config.tensor_parallel)
+    plan = zero_plan(config, gpus)
+    with first_rank_of(config.tensor_parallel):
+        model = build_on_meta(config, published)
+        batch = make_batch(config.model, workload, config.training.packing)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            make_fake(model)
+            for name in ("images_NHWC", "features_NPW"):
+                if getattr(batch, name) is not None:
+                    batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
+            with ConcreteIndices():
+                tracker = trace_step(model, batch, plan)
+    ranks = gpus // config.tensor_parallel
+    accumulates = micro_batches(config.training.global_batch, ranks, config.training.micro_batch) > 1
+    return summarise(tracker, workload, plan, accumulates)
 
 
-def trace_step(model: Lavin, batch: Batch) -> Tracker:
+def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
     """Runs and tracks one optimizer step as the training loop does, on real or fake tensors."""
     trainable = list(model.trainable().values())
     optimizer = torch.optim.AdamW(trainable)
@@ -172,23 +189,36 @@ def trace_step(model: Lavin, batch: Batch) -> Tracker:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    tracker = Tracker()
+    tracker, trace = Tracker(tensor_parallel_size()), ModuleTrace()
     tracker.label((p for p in model.parameters() if not p.requires_grad), "frozen")
     tracker.label(trainable, "adapters")
     tracker.label((x for state in optimizer.state.values() for x in state.values()), "optimizer")
     tracker.label((x for x in vars(batch).values() if isinstance(x, torch.Tensor)), "batch")
     model.train()
-    with tracker:
+    with tracker, trace.of(model, tracker) if plan.gathers else nullcontext():
         tracker.enter_phase("forward")
         loss_sum, labels = model(batch)
         loss = loss_sum / max(labels, 1)
         tracker.enter_phase("backward")
-        loss.backward()
+        with warnings.catch_warnings():  # of ModuleTrace's hooks, where a module's inputs need no gradient
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            loss.backward()
         tracker.enter_phase("update")
         tracker.label((p.grad for p in trainable if p.grad is not None), "gradients")
         optimizer.step()
         tracker.enter_phase("end")
-    _label_the_rest(tracker, vocabulary=model.config.llm.vocab_size)
+    if plan.gathers:
+        for life in gathered_lives(plan, trace, tracker.phase_ends["backward"]):
+            life.phase = "forward" if life.born < tracker.phase_ends["forward"] else "backward"
+            tracker.lives.append(life)
+            if life.operator == "all_gather":
+                sent = life.bytes * (plan.ranks - 1) // plan.ranks
+                tracker.operations.append(Operation("all_gather", life.phase, 0, 0, exchanged=sent))
+    if plan.ranks > 1:
+        # Gradients are summed, or summed in parts and the new parameters gathered: the same bytes either way.
+        sent = all_reduced(sum(p.numel() * p.element_size() for p in trainable), plan.ranks)
+        tracker.operations.append(Operation("gradients", "update", 0, 0, exchanged=sent))
+    _label_the_rest(tracker, vocabulary=model.llm.output.weight.shape[0])
     return tracker
 
 
@@ -203,11 +233,19 @@ def _label_the_rest(tracker: Tracker, vocabulary: int) -> None:
                 life.label = "activations" if kept else "temporaries"
 
 
-def summarise(tracker: Tracker, workload: Workload, zero: ZeroShare = NO_ZERO) -> Simulation:
-    """The peak over the step, what it is made of, and when it was."""
-    held, peaks, moments = Counter(zero=zero.buffers), {}, {}
-    for life, grows in _in_order(tracker.lives):
-        bytes = int(life.bytes * zero.optimizer) if life.label == "optimizer" else life.bytes
+def summarise(tracker: Tracker, workload: Workload, plan: ZeroPlan = NO_ZERO, accumulates: bool = False) -> Simulation:
+    """The peak over the step, what it is made of, and when it was.
+
+    accumulates: the step is one of several micro-batches, so that gradients of earlier ones are held.
+    """
+    trainable = sum(life.bytes for life in tracker.lives if life.label == "adapters") // FP32
+    held, peaks, moments = Counter(zero=plan.standing_bytes(trainable, accumulates)), {}, {}
+    shares = {"optimizer": plan.optimizer_share, "frozen": plan.weight_share, "adapters": plan.weight_share}
+    lives = [*tracker.lives, *_reduction_buckets(tracker, plan)]
+    for life, grows in _in_order(lives):
+        persists = plan.gathers and math.prod(life.shape) <= plan.persistence_threshold
+        share = shares.get(life.label, 1.0) + (1.0 if persists and life.label in ("frozen", "adapters") else 0.0)
+        bytes = int(life.bytes * share)
         held[life.label] += bytes if grows else -bytes
         if grows and life.phase != "setup":
             highest = peaks.get(life.phase)
@@ -218,11 +256,22 @@ def summarise(tracker: Tracker, workload: Workload, zero: ZeroShare = NO_ZERO) -
     return Simulation(workload, phases, moments, tracker.operations)
 
 
+def _reduction_buckets(tracker: Tracker, plan: ZeroPlan) -> list[Life]:
+    """Of stages 1 and 2: from the first gradient to the end of the backward pass."""
+    born = [life.born for life in tracker.lives if life.label == "gradients"]
+    if not born or plan.stage not in (1, 2):
+        return []
+    size = plan.buckets * plan.bucket_size
+    return [
+        Life(plan.bucket_bytes(), min(born), "backward", "reduction", (size,), "zero", tracker.phase_ends["backward"])
+    ]
+
+
 def _in_order(lives: Iterable[Life]) -> Iterable[tuple[Life, bool]]:
     """Births (True) and deaths (False) as they happened."""
     moments = [(life.born, life, True) for life in lives]
     moments += [(life.died, life, False) for life in lives if life.died != ALIVE]
-    return [(life, grows) for _, life, grows in sorted(moments, key=lambda m: m[0])]
+    return [(life, grows) for _, life, grows in sorted(moments, key=lambda m: (m[0], not m[2]))]
 
 
 @dataclass(frozen=True)

@@ -111,13 +111,6 @@ class Report:
             notes.append(f"Time: {self.gpus} x {self.time.assumption}.")
         else:
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
-        if config.tensor_parallel > 1:
-            notes.append(
-                f"tensor_parallel {config.tensor_parallel} is not simulated: memory is of a rank that holds the whole "
-                "model, and no time is taken off."
-            )
-        if config.deepspeed.startswith("zero3"):
-            notes.append("ZeRO-3 is not simulated: memory is of a rank that holds the whole model.")
         if self.measured and self.measured.peak_device_bytes is None:
             notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
         return notes

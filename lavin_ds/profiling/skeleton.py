@@ -5,11 +5,17 @@ fairscale's layers call `torch.Tensor(out, in)`, which ignores `torch.device("me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
 from torch import nn
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.distributed_c10d import _world
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavin_ds.config import RunConfig
@@ -72,6 +78,25 @@ def _without_masks(args: tuple) -> tuple:
 def _positions(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with unset_fake_temporarily():
         return mask.nonzero(as_tuple=True)
+
+
+@contextmanager
+def first_rank_of(tensor_parallel: int) -> Iterator[None]:
+    """Lets fairscale's layers see themselves as rank 0 of that many, whose collectives return at once."""
+    initialize_single_process()
+    previous = groups._MODEL_PARALLEL_GROUP
+    pretended = dist.ProcessGroup(dist.HashStore(), 0, tensor_parallel)
+    backend = FakeProcessGroup._create_internal(0, tensor_parallel)
+    pretended._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+    pretended._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
+    # torch asks this table for a rank's number in a group; there is no public way to enter a group without peers.
+    _world.pg_group_ranks[pretended] = {rank: rank for rank in range(tensor_parallel)}
+    groups._MODEL_PARALLEL_GROUP = pretended
+    try:
+        yield
+    finally:
+        groups._MODEL_PARALLEL_GROUP = previous
+        del _world.pg_group_ranks[pretended]
 
 
 def build_on_meta(config: RunConfig, published: PublishedOptions | None = None) -> Lavin:

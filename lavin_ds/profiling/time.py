@@ -229,13 +229,17 @@ def linear_in_layers(config: RunConfig, workload: Workload, measure: Callable[[S
     a tower do the same work, so any sum over operators is linear in their numbers: exact, and ten times faster.
     """
     small = _with_parts(config, 1, 1)
-    base = measure(simulate(small, workload))
+    base = measure(simulate(small, workload, config.tensor_parallel))
     total = base
     layers, groups = config.model.llm.n_layers, config.model.visual_tokens
     if layers > 1:
-        total = total + (layers - 1) * (measure(simulate(_with_parts(config, 2, 1), workload)) - base)
+        total = total + (layers - 1) * (
+            measure(simulate(_with_parts(config, 2, 1), workload, config.tensor_parallel)) - base
+        )
     if groups > 1:
-        total = total + (groups - 1) * (measure(simulate(_with_parts(config, 1, 2), workload)) - base)
+        total = total + (groups - 1) * (
+            measure(simulate(_with_parts(config, 1, 2), workload, config.tensor_parallel)) - base
+        )
     return total
 
 

@@ -32,12 +32,14 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operator call: floating-point operations, and bytes read and written."""
+    """One operator call: floating-point operations, bytes read and written, bytes a rank sends in a collective."""
 
     name: str
     phase: str
     flops: int
     bytes: int
+    dtype: str = "float32"  # of its result
+    exchanged: int = 0
 
 
 class Tracker(TorchDispatchMode):
@@ -46,14 +48,20 @@ class Tracker(TorchDispatchMode):
     Set `phase` to name what is going on; `label` says what certain tensors are.
     """
 
-    def __init__(self):
+    def __init__(self, tensor_parallel: int = 1):
         super().__init__()
+        self.tensor_parallel = tensor_parallel
         self.phase = "setup"
         self.lives: list[Life] = []
         self.operations: list[Operation] = []
         self.phase_ends: dict[str, int] = {}
         self._clock = 0
         self._alive: dict[int, Life] = {}  # by the address of the storage
+
+    def tick(self) -> int:
+        """A moment of its own, for something that is no allocation."""
+        self._clock += 1
+        return self._clock - 1
 
     def enter_phase(self, name: str) -> None:
         self.phase_ends[self.phase] = self._clock
@@ -73,9 +81,13 @@ class Tracker(TorchDispatchMode):
         name = func._overloadpacket.__name__
         for tensor in outputs:
             self._see(tensor, name)
-        if not is_view:
+        if func.namespace == "c10d":
+            size = sum(x.numel() * x.element_size() for x in outputs)
+            self.operations.append(Operation(name, self.phase, 0, 0, exchanged=all_reduced(size, self.tensor_parallel)))
+        elif not is_view:
             moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
-            self.operations.append(Operation(name, self.phase, _flops(func, args, kwargs, result), moved))
+            dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else "float32"
+            self.operations.append(Operation(name, self.phase, _flops(func, args, kwargs, result), moved, dtype))
         return result
 
     def _see(self, tensor: torch.Tensor, operator: str = "") -> Life:
@@ -93,6 +105,11 @@ class Tracker(TorchDispatchMode):
     def _release(self, address: int) -> None:
         self._alive.pop(address).died = self._clock
         self._clock += 1
+
+
+def all_reduced(bytes: int, ranks: int) -> int:
+    """What each of `ranks` sends to sum a tensor of that size over all of them, in a ring."""
+    return bytes * 2 * (ranks - 1) // ranks
 
 
 def tensors_in(values: Iterable) -> list[torch.Tensor]:

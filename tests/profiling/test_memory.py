@@ -20,7 +20,6 @@ from lavin_ds.profiling.memory import (
     trace_step,
     worst_case,
 )
-from lavin_ds.profiling.zero import zero_share
 
 WORKLOAD = Workload(samples=3, length=96, image_fraction=2 / 3, labelled_fraction=0.5)
 
@@ -37,7 +36,7 @@ def real_model(config) -> Lavin:
 def test_a_simulated_step_is_the_real_one(fixture, request):
     """Same peaks by component, same operators in the same order with the same FLOPs and bytes."""
     config = request.getfixturevalue(fixture).model_copy(update={"deepspeed": "zero0"})
-    real = summarise(trace_step(real_model(config), make_batch(config.model, WORKLOAD)), WORKLOAD)
+    real = summarise(trace_step(real_model(config), make_batch(config.model, WORKLOAD)), WORKLOAD, accumulates=True)
     fake = simulate(config, WORKLOAD)
     assert fake.phases == real.phases
     assert fake.operations == real.operations
@@ -91,13 +90,51 @@ def test_a_batch_without_images_and_one_without_labels(tiny):
     assert simulate(tiny, dataclasses.replace(WORKLOAD, labelled_fraction=0.0)).components["logits"] == 0
 
 
-def test_zero_divides_the_moments_and_keeps_its_buckets():
-    config = load_recipe("lavin-7b", ["deepspeed=zero2"])
-    one, eight = zero_share(config, 1, 3_781_296), zero_share(config, 8, 3_781_296)
-    assert (one.optimizer, eight.optimizer) == (1.0, 1 / 8)
-    assert one.buffers - eight.buffers == pytest.approx(2 * 4 * 3_781_296 * 7 / 8, abs=16)
-    none = zero_share(load_recipe("lavin-7b", ["deepspeed=zero0"]), 8, 3_781_296)
-    assert (none.optimizer, none.buffers) == (1.0, 0)
+def test_zero_divides_the_moments_and_holds_its_buckets_in_the_backward_pass(tiny):
+    """DeepSpeed's buckets come with the first gradient, behind the peak at the loss."""
+    zero2, zero0 = (tiny.model_copy(update={"deepspeed": name}) for name in ("zero2", "zero0"))
+    plain, one, two = simulate(zero0, WORKLOAD), simulate(zero2, WORKLOAD), simulate(zero2, WORKLOAD, 2)
+    adapters = plain.components["adapters"]
+    for component in ("zero", "optimizer"):
+        assert one.phases["forward"][component] == pytest.approx(2 * two.phases["forward"][component], rel=0.01)
+    buckets = 2 * 4 * 5_000_000
+    assert one.phases["backward"]["zero"] == buckets + 2 * adapters  # the fp32 copy, and gradients that accumulate
+    assert one.phases["forward"]["zero"] == 2 * adapters
+    assert plain.phases["forward"]["zero"] == adapters  # gradients alone
+
+
+def test_tensor_parallel_ranks_hold_and_compute_their_slices(tiny):
+    llm = tiny.model.llm.model_copy(update={"vocab_size": 4096})
+    tiny = tiny.model_copy(update={"model": tiny.model.model_copy(update={"llm": llm})})
+    whole = simulate(tiny, WORKLOAD, 2)
+    half = simulate(tiny.model_copy(update={"tensor_parallel": 2}), WORKLOAD, 2)
+    assert half.components["adapters"] == whole.components["adapters"]
+    assert (
+        whole.components["frozen"] / 2 < half.components["frozen"] < 0.6 * whole.components["frozen"]
+    )  # the ViT stays
+    assert half.components["logits"] == pytest.approx(whole.components["logits"] / 2, rel=0.01)
+    assert half.flops() < 0.7 * whole.flops()
+    # Every layer sums over the ranks twice forward and, but for the inputs that need no gradient, twice backward.
+    reduced = [o for o in half.operations if o.name == "allreduce_"]
+    assert len([o for o in reduced if o.phase == "forward"]) >= 2 * llm.n_layers
+    assert not [o for o in whole.operations if o.name == "allreduce_"]
+    with pytest.raises(UserError, match="multiple of 2 ranks"):
+        simulate(tiny.model_copy(update={"tensor_parallel": 2}), WORKLOAD, 3)
+
+
+def test_zero3_gathers_what_is_in_use_and_no_more(tiny, tmp_path):
+    def gathered(**settings) -> int:
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000} | settings
+        (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+        simulation = simulate(tiny.model_copy(update={"deepspeed": str(tmp_path / "zero3.json")}), WORKLOAD, 2)
+        assert simulation.components["frozen"] == pytest.approx(
+            simulate(tiny, WORKLOAD).components["frozen"] / 2, rel=0.01
+        )
+        return max(held["gathered"] for held in simulation.phases.values())
+
+    weights = simulate(tiny, WORKLOAD).components["frozen"]
+    assert gathered(stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0) < weights / 4
+    assert gathered() > 0.9 * weights
 
 
 def test_worst_case_is_the_recipes_longest_micro_batch(tiny):

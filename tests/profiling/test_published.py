@@ -101,7 +101,8 @@ def test_every_saving_takes_memory_off_and_all_of_them_leave_our_step(tiny):
 def test_the_simulated_published_step_is_the_real_one(tiny):
     initialize_single_process()
     config = tiny.model_copy(update={"deepspeed": "zero0"})
-    real = summarise(trace_step(filled(PublishedLavin(tiny.model, PUBLISHED)), ragged_batch(tiny)), WORKLOAD)
+    tracker = trace_step(filled(PublishedLavin(tiny.model, PUBLISHED)), ragged_batch(tiny))
+    real = summarise(tracker, WORKLOAD, accumulates=True)
     fake = simulate(config, WORKLOAD, published=PUBLISHED)
     assert fake.phases == real.phases and fake.operations == real.operations
 

@@ -1,0 +1,144 @@
+"""A real training step on this machine: its time, and its memory by two counts that the simulation has no part in.
+
+Allocated: torch's CPU allocator reports every allocation and release to the profiler, operator or not. Resident: the
+kernel's count of the process's pages at their highest (VmHWM), above what they were before the model was built. The
+second also sees what kernels allocate behind torch's back; it follows single tensors only if malloc returns memory at
+once, which MALLOC_THAT_RETURNS asks of glibc, and which costs time. So each is measured in a process of its own
+(in_fresh_processes), and so is time.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils.logging import logger
+from torch.profiler import ProfilerActivity, profile
+
+from lavin_ds.config import RunConfig, load_recipe
+from lavin_ds.data.collate import Batch
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.parallel import initialize_tensor_parallel
+from lavin_ds.profiling.memory import Workload, make_batch
+from lavin_ds.training.engine import build_engine, start_distributed
+from lavin_ds.training.launcher import free_port
+
+# Of the environment of a process; glibc reads them as it starts (mallopt(3)).
+MALLOC_THAT_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+# Keeps freed memory for the next tensor, as the allocator of a GPU does: a step is not spent on page faults.
+MALLOC_THAT_KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
+
+def measure_allocated(config: RunConfig, workload: Workload) -> int:
+    """Bytes that torch's allocator holds at most during three steps of a new engine, from an empty process on."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine, batch = _build(config, workload)
+        for _ in range(3):
+            _step(engine, batch)
+    held = highest = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def measure_resident(config: RunConfig, workload: Workload) -> int:
+    """Bytes that the process's pages grow by during the third step of a new engine; needs MALLOC_THAT_RETURNS."""
+    _step(*_build(load_recipe("tiny"), Workload(1, 64)))  # libraries' code and their own tables come into memory
+    before = _status("VmRSS")
+    engine, batch = _build(config, workload)
+    for _ in range(2):
+        _step(engine, batch)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here (proc(5))
+    _step(engine, batch)
+    return _status("VmHWM") - before
+
+
+def measure_seconds(config: RunConfig, workload: Workload, steps: int = 3) -> dict[str, float]:
+    """Medians by phase (forward, backward, update) of `steps` optimizer steps of one micro-batch, behind two others."""
+    engine, batch = _build(config, workload)
+    timings = [_step(engine, batch) for _ in range(2 + steps)][2:]
+    return {phase: median(t[phase] for t in timings) for phase in timings[0]}
+
+
+def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any]) -> Any:
+    """Rank 0's result of `work()` in that many new processes of one thread each, joined in process groups.
+
+    They are forks: packages are imported once, and nothing is left of one measurement in the next.
+
+    Raises:
+        RuntimeError: a process failed; its traceback is on stderr.
+    """
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(rank, ranks, tensor_parallel, port, work, results))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    while results.empty() and all(p.exitcode in (None, 0) for p in processes):
+        time.sleep(0.02)
+    failed = any(p.exitcode for p in processes)
+    for process in processes:
+        if failed:
+            process.terminate()
+        process.join()
+    if failed or results.empty():
+        raise RuntimeError(f"a measuring process ended with {[p.exitcode for p in processes]}")
+    return results.get()
+
+
+def _rank_main(rank, ranks, tensor_parallel, port, work, results) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of names that torch will drop
+    start_distributed()
+    torch.set_num_threads(1)
+    initialize_tensor_parallel(tensor_parallel)
+    result = work()
+    if rank == 0:
+        results.put(result)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo and DeepSpeed have nothing to tidy up here, and sometimes fail at it
+
+
+def _build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEngine, Batch]:
+    model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    engine = build_engine(model, config)
+    engine.train()
+    return engine, make_batch(config.model, workload, config.training.packing)
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, float]:
+    """Seconds by phase."""
+    start = time.perf_counter()
+    loss_sum, labels = engine(batch)
+    forward = time.perf_counter()
+    engine.backward(loss_sum / max(labels, 1))
+    backward = time.perf_counter()
+    engine.step()
+    return {"forward": forward - start, "backward": backward - forward, "update": time.perf_counter() - backward}
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
