@@ -7,7 +7,7 @@ import sys
 import typer
 
 from lavin_ds import __version__
-from lavin_ds.cli import evaluate, export, prep, profile, quickstart, train
+from lavin_ds.cli import evaluate, export, prep, prep_features, profile, quickstart, train
 from lavin_ds.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quickstart")(quickstart.quickstart)
+prep.app.command("features")(prep_features.features)
 app.add_typer(prep.app, name="prep")
 app.command("train", context_settings={"ignore_unknown_options": False})(train.train)
 app.add_typer(evaluate.app, name="eval")

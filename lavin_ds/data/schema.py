@@ -208,14 +208,8 @@ def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | Non
         ("data.max_length", prompt.max_length, data.max_length),
         ("compat", prompt.compat, config.compat),
     ]
-    if model.vision and manifest.images:
-        pairs += [
-            ("image size", manifest.images.size, model.vision.image_size),
-            ("data.image_resize", manifest.images.resize, data.image_resize),
-        ]
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
-    if model.vision and not manifest.images:
-        found.append("images: shards hold none, recipe has model.vision")
+    found += check_images(manifest, config)
     if model.vision_source == "cached":
         found += _check_features(manifest, config, clip_sha256)
     if manifest.tokenizer.vocab_size > model.llm.vocab_size:
@@ -230,6 +224,20 @@ def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | Non
             f"which makes the longest sample {longest} positions, over data.max_length {data.max_length}"
         )
     return found
+
+
+def check_images(manifest: Manifest, config: RunConfig) -> list[str]:
+    """The part of check_manifest that is about pixels."""
+    vision = config.model.vision
+    if not vision:
+        return []
+    if not manifest.images:
+        return ["images: shards hold none, recipe has model.vision"]
+    pairs = [
+        ("image size", manifest.images.size, vision.image_size),
+        ("data.image_resize", manifest.images.resize, config.data.image_resize),
+    ]
+    return [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
 
 
 def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | None) -> list[str]:

@@ -127,8 +127,6 @@ class ShardReader:
         self._rows = _Table(self.directory, self.manifest.splits[split].files, ROW_SCHEMA)
         images = self.manifest.images
         self._images = _Table(self.directory, images.files, IMAGE_SCHEMA) if images else None
-        features = self.manifest.features
-        self._features = _Table(self.directory, features.files, FEATURE_SCHEMA) if features else None
 
     def __len__(self) -> int:
         return self._rows.length
@@ -162,15 +160,32 @@ class ShardReader:
         size = self.manifest.images.size
         return batch.bytes("pixels", i).reshape(size, size, 3)
 
+    def image_origin(self, index: int) -> tuple[str, str]:
+        """SHA-256 of the file that image Row.image was made from, and where in the source data it was found."""
+        batch, i = self._images.locate(index)
+        return batch.value("id", i), batch.value("source", i)
+
     def features(self, index: int) -> np.ndarray:
         """Cached [cls] features of image Row.image, float32 [P, W], a read-only view of the mapped file."""
         batch, i = self._features.locate(index)
         entry = self.manifest.features
         return batch.items("features", i).reshape(entry.visual_tokens, entry.width)
 
+    @cached_property
+    def _features(self) -> _Table:
+        # Opened on demand: training from pixels has no need of them.
+        return _Table(self.directory, self.manifest.features.files, FEATURE_SCHEMA)
+
     def visual_input(self, vision_source: str) -> Callable[[int], np.ndarray]:
-        """What a recipe with this model.vision_source reads of an image, by Row.image: its pixels or its features."""
-        return self.features if vision_source == "cached" else self.image
+        """What a recipe with this model.vision_source reads of an image, by Row.image: its pixels or its features.
+
+        Raises:
+            UserError: a file of the features is missing, of the wrong size or damaged.
+        """
+        if vision_source == "pixels":
+            return self.image
+        _ = self._features  # opens them: what is wrong is told now
+        return self.features
 
     def lengths(self, visual_tokens: int) -> np.ndarray:
         """Ids of every sample laid out for training, without the modality token; int64 [rows]."""

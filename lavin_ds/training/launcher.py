@@ -22,6 +22,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.preflight import preflight
 
+SCRIPTS = ("train.py", "features.py")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -45,8 +46,14 @@ def free_port() -> int:
 
 
 def train_command(ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
-    """The `deepspeed` command line. ranks: on this machine; None with a hostfile, whose slots then decide."""
-    script = str(files("lavin_ds.launch") / "train.py")
+    """`launch_command` of a training."""
+    return launch_command("train.py", ranks, hostfile, port, arguments)
+
+
+def launch_command(name: str, ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+    """The `deepspeed` command line that runs launch/NAME on ranks: so many here; None with a hostfile, whose slots
+    then decide."""
+    script = str(files("lavin_ds.launch") / name)
     where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     return [*launcher, "--quiet", "--master_port", str(port), *where, script, *arguments]
@@ -80,12 +87,12 @@ def _environment() -> dict[str, str]:
 
 
 def _ranks(launcher_pid: int) -> list[psutil.Process]:
-    """The processes of a launch that train: those that run the script, not those that start it."""
+    """The processes of a launch that do its work: those that run the script, not those that start it."""
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(launcher_pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if any(word.endswith("train.py") for word in process.cmdline()[1:3]):
+                if any(word.endswith(SCRIPTS) for word in process.cmdline()[1:3]):
                     ranks.append(process)
     return ranks
 

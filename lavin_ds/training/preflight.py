@@ -37,6 +37,7 @@ def preflight(arguments: TrainArguments, ranks: int | None) -> RunConfig:
     disagreements = check_manifest(reader.manifest, config)
     if disagreements:
         raise UserError(f"{arguments.data} was not prepared for this recipe: " + "; ".join(disagreements) + ".")
+    reader.visual_input(config.model.vision_source)  # refuses features that are damaged
     if not len(reader.trainable):
         raise UserError(f"{arguments.data}: no sample of split '{SPLIT}' has a label; see rejects.jsonl there for why.")
     check_inputs(config, arguments.llama, arguments.clip)

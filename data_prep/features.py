@@ -1,0 +1,219 @@
+"""Cached features: the [cls] tokens that a frozen CLIP makes of every image, added to a shard directory.
+
+    SHARDS/features-KEY-00000.arrow ...   one row an image, in the order of the image table
+
+KEY is a hash of all that the features are a function of, so a file that stands under its name is complete and right:
+a job that was stopped goes on behind it. The manifest names the files last. Every file is computed by itself, in
+batches that start with the file, so it holds the same bytes whichever rank computes it and however many there are
+(on one kind of device and one version of torch).
+
+    N images of a batch, S their side in pixels, P visual tokens, W vision width
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lavin_ds.config import RunConfig
+from lavin_ds.data.schema import (
+    FEATURE_SCHEMA,
+    MANIFEST_NAME,
+    FeatureEntry,
+    FileEntry,
+    Manifest,
+    check_images,
+    load_manifest,
+    normalisation,
+)
+from lavin_ds.data.shards import ShardReader, file_sha256, write_shard
+from lavin_ds.errors import UserError
+from lavin_ds.files import write_json
+from lavin_ds.models.lavin import DTYPES
+from lavin_ds.models.vision import VisionTower
+from lavin_ds.weights.clip import check_clip, load_clip
+
+FILE_ROWS = 256  # at most 6 MB of ViT-L/14's features; small enough to keep many ranks equally busy
+BATCH = 32  # images a forward pass; part of KEY, because rounding may depend on it
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """A job that passed every check. `done` is True if the directory has these very features already."""
+
+    directory: Path
+    clip: Path
+    config: RunConfig
+    manifest: Manifest
+    entry: FeatureEntry  # its files are filled in by `finish`
+    key: str
+    done: bool
+
+    @property
+    def images(self) -> int:
+        return self.manifest.images.rows
+
+    def files(self) -> list[Path]:
+        count = math.ceil(self.images / FILE_ROWS)
+        return [self.directory / f"features-{self.key}-{number:05d}.arrow" for number in range(count)]
+
+
+def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False) -> FeatureJob:
+    """Checks recipe, shards and CLIP file; computes nothing but the file's hash.
+
+    Raises:
+        UserError: the recipe has no vision, or adapters in its ViT; the shards have no images, or others than the
+            recipe wants, or features of another kind and not `overwrite`; the CLIP file does not fit the recipe.
+    """
+    vision, adapter = config.model.vision, config.model.vision_adapter
+    if vision is None:
+        raise UserError(f"Recipe {config.name} is text-only (it has no model.vision): there are no features to cache.")
+    if adapter.kind != "none":
+        raise UserError(
+            f"Recipe {config.name} has adapters in its ViT (model.vision_adapter.kind {adapter.kind}), which change "
+            "the features at every step of training: cached ones would be wrong. Train it from pixels as it is, or "
+            "set model.vision_adapter.kind=none."
+        )
+    reader = _reader(directory)
+    disagreements = check_images(reader.manifest, config)
+    if disagreements:
+        raise UserError(f"{directory} was not prepared for this recipe: " + "; ".join(disagreements) + ".")
+    check_clip(clip, vision)
+    entry = FeatureEntry(
+        clip_sha256=file_sha256(clip),
+        vision=vision,
+        normalise=normalisation(config),
+        computed_in=config.model.frozen_dtype,
+        visual_tokens=vision.visual_tokens,
+        width=vision.width,
+        files=[],
+        rows=reader.manifest.images.rows,
+    )
+    job = FeatureJob(
+        directory=Path(directory),
+        clip=clip,
+        config=config,
+        manifest=reader.manifest,
+        entry=entry,
+        key=_key(entry, reader.manifest),
+        done=False,
+    )
+    present = reader.manifest.features
+    if present is None:
+        return job
+    if [file.name for file in present.files] == [path.name for path in job.files()]:
+        return replace(job, done=all(path.is_file() for path in job.files()))
+    if not overwrite:
+        raise UserError(
+            f"{directory} has features of another kind (CLIP with SHA-256 {present.clip_sha256[:12]}.., "
+            f"{present.visual_tokens} x {present.width}, computed in {present.computed_in}): replace them with "
+            "--overwrite."
+        )
+    return job
+
+
+def extract(
+    job: FeatureJob,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Computes every `ranks`-th file from file `rank` on, those that are there already left out.
+
+    Returns the number of images computed; `on_progress` is called with it, and with that of all this rank has to do.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
+    """
+    missing = [(n, path) for n, path in enumerate(job.files()) if n % ranks == rank and not path.is_file()]
+    if not missing:
+        return 0
+    vision = job.config.model.vision
+    tower = VisionTower(vision, None, DTYPES[job.config.model.frozen_dtype], compat=job.config.compat is not None)
+    load_clip(tower, job.clip)
+    tower.to(device).eval()
+    reader = _reader(job.directory)
+    total = sum(len(_file_rows(n, job.images)) for n, _ in missing)
+    done = 0
+
+    def features_of(rows: range, batches: Iterator[torch.Tensor]) -> Iterator[dict]:
+        nonlocal done
+        for start in range(0, len(rows), BATCH):
+            features_NPW = cls_features(tower, next(batches).to(device))
+            done += len(features_NPW)
+            if on_progress:
+                on_progress(done, total)
+            for i, features_PW in zip(rows[start:], features_NPW, strict=False):
+                yield {"id": reader.image_origin(i)[0], "features": features_PW.ravel()}
+
+    with ThreadPoolExecutor(1) as loader:
+        batches = _prefetched(reader, [_file_rows(n, job.images) for n, _ in missing], loader)
+        for number, path in missing:
+            write_shard(path, FEATURE_SCHEMA, features_of(_file_rows(number, job.images), batches), BATCH)
+    return done
+
+
+def finish(job: FeatureJob) -> Manifest:
+    """Names the files in the manifest, when all ranks are done, and removes what older jobs left."""
+    files = [
+        FileEntry(
+            name=path.name,
+            rows=len(_file_rows(n, job.images)),
+            bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+        )
+        for n, path in enumerate(job.files())
+    ]
+    entry = job.entry.model_copy(update={"files": files})
+    manifest = job.manifest.model_copy(update={"features": entry})
+    write_json(job.directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    kept = {file.name for file in files}
+    for path in [*job.directory.glob("features-*.arrow"), *job.directory.glob(".features-*")]:
+        if path.name not in kept:
+            path.unlink()
+    return manifest
+
+
+@torch.inference_mode()
+def cls_features(tower: VisionTower, images_NSSC: torch.Tensor) -> np.ndarray:
+    """float32 [N, P, W] of uint8 pixels on the tower's device."""
+    return tower(images_NSSC).float().cpu().numpy()
+
+
+def _prefetched(reader: ShardReader, files: list[range], loader: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+    """Batches of pixels, file after file; the next one is read while this one is computed."""
+
+    def read(rows: range) -> torch.Tensor:
+        return torch.from_numpy(np.stack([reader.image(i) for i in rows]))
+
+    batches = [rows[start : start + BATCH] for rows in files for start in range(0, len(rows), BATCH)]
+    ahead = loader.submit(read, batches[0])
+    for rows in [*batches[1:], None]:
+        images = ahead.result()
+        if rows is not None:
+            ahead = loader.submit(read, rows)
+        yield images
+
+
+def _file_rows(number: int, images: int) -> range:
+    return range(number * FILE_ROWS, min((number + 1) * FILE_ROWS, images))
+
+
+def _key(entry: FeatureEntry, manifest: Manifest) -> str:
+    pixels = [file.sha256 for file in manifest.images.files]
+    made_of = [entry.model_dump(mode="json", exclude={"files"}), pixels, BATCH, FILE_ROWS]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _reader(directory: Path) -> ShardReader:
+    """A reader of the image table, which all splits share."""
+    return ShardReader(directory, next(iter(load_manifest(directory).splits)))
