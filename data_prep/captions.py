@@ -84,7 +84,7 @@ class Captions:
         seen = set()
         for number, record in enumerate(records):
             split, id = (record.get(key) if isinstance(record, dict) else None for key in ("split", "cocoid"))
-            if split not in SPLIT_OF or not isinstance(id, int):
+            if not isinstance(split, str) or split not in SPLIT_OF or not isinstance(id, int):
                 raise UserError(
                     f"{self.annotations}: image {number} of the list has no known split or cocoid: {LAYOUT}."
                 )

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from lavin_ds.data.schema import MANIFEST_NAME
 from lavin_ds.errors import UserError
@@ -27,7 +27,7 @@ class Workspace:
     def __init__(self, out: Path, part: Path):
         self.out, self.part, self.shards = out, part, part / "shards"
         self.done: dict[str, dict] = {}
-        self._progress: TextIO | None = None
+        self._progress: BinaryIO | None = None
 
     def record(self, task: str, result: dict) -> None:
         """Notes that a task is finished; its file, if it wrote one, must be whole and on disk."""
@@ -52,7 +52,8 @@ class Workspace:
 
     def close(self) -> None:
         if self._progress:
-            self._progress.close()
+            with suppress(OSError):  # a full disk refuses again what it refused before
+                self._progress.close()
 
     def _start(self, inputs: dict[str, str], restart: bool) -> None:
         path = self.part / "progress.jsonl"
@@ -68,7 +69,7 @@ class Workspace:
         # Anew and without the half line that a kill may have left.
         text = "".join(json.dumps(line) + "\n" for line in (inputs, *kept))
         write_atomically(path, lambda temporary: temporary.write_text(text))
-        self._progress = open(path, "a", encoding="ascii")  # noqa: SIM115, closed in close()
+        self._progress = open(path, "ab")  # noqa: SIM115, closed in close()
 
     def _is_there(self, file: dict | None) -> bool:
         path = self.shards / file["name"] if file else None
@@ -81,7 +82,7 @@ class Workspace:
                 path.unlink()
 
     def _append(self, line: dict) -> None:
-        self._progress.write(json.dumps(line) + "\n")
+        self._progress.write(json.dumps(line).encode() + b"\n")
         self._progress.flush()
         os.fsync(self._progress.fileno())
 
@@ -109,7 +110,10 @@ def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: 
             yield workspace
     except OSError as error:
         where = error.filename or out
-        raise UserError(f"{where} cannot be written ({error.strerror or error}): choose another --out.") from None
+        raise UserError(
+            f"{where} cannot be written: {error.strerror or error}. Free space and run the same command again, or "
+            "choose another --out."
+        ) from None
     finally:
         workspace.close()
 

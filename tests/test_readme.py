@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import lavin_ds
@@ -27,7 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
-RECIPES = ("lavin-7b-24gb", "lavin-7b", "lavin-13b")
+RECIPES = {  # and the small one that stands in
+    "lavin-7b-24gb": "tiny.yaml",
+    "lavin-7b": "tiny.yaml",
+    "lavin-13b": "tiny.yaml",
+    "chatbot-13b": "tiny-chat.yaml",
+    "captions-13b": "tiny-captions.yaml",
+}
 ELSEWHERE = ("pip install", "pytest", "lavin-ds quickstart")
 
 
@@ -50,9 +58,28 @@ def folder(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     tiny = yaml.safe_load((ROOT / "lavin_ds" / "recipes" / "tiny.yaml").read_text())
     tiny["training"] |= {"epochs": 0.5, "warmup_epochs": 0.1, "global_batch": 16, "micro_batch": 4}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    for name, words in (("tiny", "QCM-ALE"), ("tiny-chat", "single-turn"), ("tiny-captions", "caption")):
+        tiny["data"]["prompt_format"] = words
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tiny))
+    _write_instructions_and_captions(folder)
     _fake_cluster(folder / "cluster")
     return folder
+
+
+def _write_instructions_and_captions(folder: Path) -> None:
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is red."}]
+    contents = {
+        "alpaca_data.json": [{"instruction": "Which is north?", "input": "", "output": "It is up."}],
+        "llava_instruct_158k.json": [{"id": "1", "image": "1.jpg", "conversations": said}],
+        "dataset_coco.json": {"images": []},
+    }
+    (folder / "coco" / "train2017").mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test"), 1):
+        Image.new("RGB", (60, 50), (number, 100, 200)).save(folder / "coco" / "train2017" / f"{number}.jpg")
+        image = {"filepath": "train2017", "filename": f"{number}.jpg", "split": split, "cocoid": number}
+        contents["dataset_coco.json"]["images"].append(image | {"sentences": [{"raw": "It is red."}]})
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
 
 
 def _fake_cluster(folder: Path) -> None:
@@ -84,7 +111,7 @@ def test_every_command_runs_in_the_order_of_the_readme(folder):
         words = shlex.split(command, comments=True)
         simulates = "profile" in words and "--recipe" in words
         if not simulates:  # simulating the real sizes is what those are for, and quick
-            words = ["tiny.yaml" if word in RECIPES else word for word in words]
+            words = [RECIPES.get(word, word) for word in words]
         if words[0] == "deepspeed":
             words[1:1] = ["--num_gpus", "2"]  # it counts GPUs, and there may be none
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)

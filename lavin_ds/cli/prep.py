@@ -120,7 +120,7 @@ def captions(
 @contextmanager
 def _job(name: str, on_error: OnError, workers: int | None, overwrite: bool, restart: bool) -> Iterator[dict]:
     """The options of `prepare` that all commands share; shows progress, and what to do when it is interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)  # so that workers are ended, as by Ctrl-C
+    signal.signal(signal.SIGTERM, _end)  # in order, as by Ctrl-C, so that workers end too
     try:
         with ExitStack() as bars:
             yield {
@@ -130,13 +130,13 @@ def _job(name: str, on_error: OnError, workers: int | None, overwrite: bool, res
                 "restart": restart,
                 "on_progress": _stages(f"prep {name}", bars),
             }
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         console.err.print("Stopped. What is finished is kept: the same command goes on from there.")
         raise
 
 
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
+def _end(number: int, _frame) -> None:
+    raise SystemExit(128 + number)
 
 
 def _stages(title: str, bars: ExitStack) -> Callable[[str, int, int], None]:

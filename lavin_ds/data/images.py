@@ -10,7 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,12 @@ def decode(content: bytes) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"has {width} x {height} pixels, over the limit of {MAX_PIXELS}")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except ImageError:
         raise
+    except UnidentifiedImageError:  # its message holds an address, which differs from run to run
+        raise ImageError(f"is no image of a format that is read ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"is a decompression bomb ({error})") from None
     # Pillow's decoders raise nearly anything on damaged files.

@@ -30,7 +30,6 @@ eleven instructions of LLaVA's pre-training set ("Visual Instruction Tuning", ta
 
 from __future__ import annotations
 
-import re
 import string
 from dataclasses import dataclass
 
@@ -143,7 +142,7 @@ def build_prompt(question: Question, format: str, context: str, compat: bool = F
         "C": f"Context: {context or 'N/A'}",
         "M": f"Options: {' '.join(choices)}",
     }
-    for letters in ("L", "E", "LE"):
+    for letters in {"L", "E", "LE"}.intersection(parts):
         reason = _explanation(question, letters, compat)
         if reason.strip() or compat:  # the authors keep a line that says nothing
             lines[letters] = f"BECAUSE: {reason}"
@@ -178,10 +177,11 @@ def _explanation(question: Question, letters: str, compat: bool) -> str:
 
 def _tidy(text: str) -> str:
     """One space for a run of blanks, none beside a line break or at the ends, at most one empty line."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r" ?\n ?", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    text = "\n".join(" ".join(line.split()) for line in lines).strip()
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text
 
 
 def _squeeze_once(text: str) -> str:

@@ -57,7 +57,8 @@ def write_shard(path: Path, schema: pa.Schema, rows: Iterable[dict], batch_rows:
         sync(path.parent)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Free space or choose another --out."
+            f"{path} cannot be written: {error.strerror or error}. Free space and run the same command "
+            "again, or choose another --out."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -55,6 +55,14 @@ def write_scienceqa(folder: Path, problems: dict[str, dict], splits: dict[str, l
     return folder
 
 
+def same_files(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes."""
+    names = sorted(path.name for path in folder.iterdir())
+    if names != sorted(path.name for path in other.iterdir()):
+        return False
+    return all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
 def golden(shared):
     """The golden cases as (case, question, caption)."""
     prompts = json.loads((shared / "golden/text/prompts.json").read_text())
