@@ -7,7 +7,7 @@ import sys
 import typer
 
 from lavin_ds import __version__
-from lavin_ds.cli import evaluate, export, prep, prep_features, profile, quickstart, train
+from lavin_ds.cli import evaluate, export, prep, prep_features, prep_inspect, profile, quickstart, train
 from lavin_ds.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("quickstart")(quickstart.quickstart)
 prep.app.command("features")(prep_features.features)
+prep.app.command("inspect")(prep_inspect.inspect_shards)
 app.add_typer(prep.app, name="prep")
 app.command("train", context_settings={"ignore_unknown_options": False})(train.train)
 app.add_typer(evaluate.app, name="eval")

@@ -155,6 +155,11 @@ class ShardReader:
             references=tuple(batch.value("references", i)),
         )
 
+    def id(self, index: int) -> str:
+        """The id of row `index` alone."""
+        batch, i = self._rows.locate(index)
+        return batch.value("id", i)
+
     def image(self, index: int) -> np.ndarray:
         """Pixels of image Row.image, uint8 [size, size, 3], a read-only view of the mapped file."""
         batch, i = self._images.locate(index)

@@ -56,6 +56,14 @@ class Tokenizer:
             texts = [text.removeprefix(" ") for text in texts]
         return self.encode_batch(texts)
 
+    def piece(self, token: int) -> str:
+        """How one id reads in running text: a piece's spaces as spaces, a byte piece as its character if it has one."""
+        piece = self._model.id_to_piece(int(token))
+        if self._model.is_byte(int(token)):
+            byte = int(piece[3:5], 16)  # <0x0A>
+            return chr(byte) if byte in (9, 10) or 32 <= byte < 127 else piece
+        return piece.replace("\u2581", " ")
+
     def decode(self, ids) -> str:
         """Text of ids; control pieces vanish, broken UTF-8 becomes the replacement character."""
         return self._model.decode([int(i) for i in ids])
