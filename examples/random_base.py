@@ -16,17 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lavin_ds.config import load_recipe
+from lavin_ds.config import ModelConfig, load_recipe
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    model = load_recipe(given.recipe).model
+def write_random_base(model: ModelConfig, out: Path) -> None:
+    """Writes OUT/llama and, for a recipe that sees, OUT/vit.safetensors; the same numbers every time."""
     torch.manual_seed(0)
-    given.out.mkdir(parents=True)
     llm, vision = model.llm, model.vision
     LlamaForCausalLM(
         LlamaConfig(
@@ -39,7 +34,9 @@ def main() -> None:
             rms_norm_eps=llm.norm_eps,
             tie_word_embeddings=False,
         )
-    ).save_pretrained(given.out / "llama")
+    ).save_pretrained(out / "llama")
+    if vision is None:
+        return
     vit = VisionTransformer(
         image_size=vision.image_size,
         patch_size=vision.patch_size,
@@ -51,7 +48,16 @@ def main() -> None:
         act_layer=QuickGELU if vision.quick_gelu else nn.GELU,
     )
     state = {f"visual.{name}": tensor.contiguous() for name, tensor in vit.state_dict().items()}
-    save_file(state, given.out / "vit.safetensors")
+    save_file(state, out / "vit.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True)
+    write_random_base(load_recipe(given.recipe).model, given.out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def main() -> int:
     from lavin_ds.data_prep import features
     from lavin_ds.errors import UserError
     from lavin_ds.training.engine import start_distributed
+    from lavin_ds.training.rank import watch_launchers
 
+    watch_launchers()
     first = os.environ.get("RANK", "0") == "0"
     try:
         job = features.plan(given.data, given.clip, load_recipe(given.recipe, given.overrides), given.overwrite)

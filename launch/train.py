@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -23,36 +22,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip", type=Path, help="file of the CLIP weights; not for text-only recipes")
     parser.add_argument("--out", required=True, type=Path, help="run directory to make")
     parser.add_argument("--resume", choices=["never", "auto"], default="never", help="auto: go on where --out stopped")
+    parser.add_argument("--init-adapter", type=Path, help="exported adapter to start from, instead of a new one")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     return parser.parse_intermixed_args(argv)
 
 
-def main() -> int:
+def main() -> None:
     given = parse(sys.argv[1:])
-    # torch and DeepSpeed take seconds to import: a wrong argument is told before.
-    from lavin_ds.errors import UserError
+    # torch and DeepSpeed take seconds to import: a wrong argument is told before, and a launcher that dies is noticed.
+    from lavin_ds.training import rank
     from lavin_ds.training.arguments import TrainArguments
-    from lavin_ds.training.job import train
-    from lavin_ds.training.loop import LossNotFinite
 
-    try:
-        return train(
-            TrainArguments(
-                recipe=given.recipe,
-                data=given.data,
-                llama=given.llama,
-                clip=given.clip,
-                out=given.out,
-                resume=given.resume,
-                overrides=tuple(given.overrides),
-            )
-        )
-    except (UserError, LossNotFinite) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    rank.watch_launchers()
+    arguments = TrainArguments(
+        recipe=given.recipe,
+        data=given.data,
+        llama=given.llama,
+        clip=given.clip,
+        out=given.out,
+        resume=given.resume,
+        init_adapter=given.init_adapter,
+        overrides=tuple(given.overrides),
+    )
+    code = rank.run(arguments)
+    if code in (1, 2):
+        rank.end(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -183,7 +183,10 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0)
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(200, gt=0)  # optimizer steps
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)  # the newest; with validation the best one is kept too
+    validate_every: int = Field(0, ge=0)  # optimizer steps; 0: never
+    validation_samples: int | None = Field(None, gt=0)  # of split val, always the same ones; None: all
+    max_skipped_in_a_row: int = Field(10, gt=0)  # steps without a finite loss and gradient before the run gives up
 
 
 class RunConfig(Section):

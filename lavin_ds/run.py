@@ -3,20 +3,31 @@
 RUN/run.json             the resolved configuration, the inputs, the versions (this file's RunRecord)
 RUN/metrics.jsonl        one line an optimizer step
 RUN/checkpoints/         trainables, optimizer and position, to resume from
-RUN/adapter.safetensors  the trained adapters, once the run is complete
+RUN/adapter.safetensors  the trained adapters, once the run is complete; adapter-best: those of the best validation
 RUN/summary.json         what it cost: steps, seconds, peak memory
+RUN/suspects.json        samples of the steps that a diverged run stopped at
+RUN/.lock                held while a process trains here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
+
+LOCK = ".lock"
 
 
 class Inputs(BaseModel):
@@ -27,6 +38,7 @@ class Inputs(BaseModel):
     data: Path
     llama: Path
     clip: Path | None = None
+    init_adapter: Path | None = None  # what the adapters began as; None: new ones
 
 
 class RunRecord(BaseModel):
@@ -56,6 +68,58 @@ def load_run(run: Path) -> RunRecord:
         return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValidationError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None
+
+
+def check_free(run: Path) -> None:
+    """Raises UserError if a process trains in this folder now. One that is just being killed gets a moment to go."""
+    deadline = time.monotonic() + 3
+    while (run / LOCK).is_file():
+        with open(run / LOCK, encoding="utf-8") as file:
+            try:
+                if _lock(file):
+                    return
+            except OSError:  # a file system without locks; hold() says so
+                return
+            if time.monotonic() > deadline:
+                raise _in_use(run, file.read())
+        time.sleep(0.2)
+
+
+@contextmanager
+def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Makes the folder and keeps others from training in it; ends with the process, however that dies.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"--out {run} cannot be written: {error.strerror}.") from None
+    with file:
+        try:
+            if not _lock(file):
+                file.seek(0)
+                raise _in_use(run, file.read())
+        except OSError as error:  # a file system without locks
+            warn(f"{run} cannot be locked ({error.strerror}): take care that nothing else trains there.")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_use(run: Path, holder: str) -> UserError:
+    return UserError(f"A run is going on in {run} ({holder}): wait for it or stop it, or give another --out.")
 
 
 def adapter_file(run: Path) -> Path:

@@ -60,6 +60,7 @@ def folder(tmp_path_factory) -> Path:
     tiny["training"] |= {"epochs": 0.5, "warmup_epochs": 0.1, "global_batch": 16, "micro_batch": 4}
     for name, words in (("tiny", "QCM-ALE"), ("tiny-chat", "single-turn"), ("tiny-captions", "caption")):
         tiny["data"]["prompt_format"] = words
+        tiny["training"]["validate_every"] = int(name == "tiny")  # the others have no split for it
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tiny))
     _write_instructions_and_captions(folder)
     _fake_cluster(folder / "cluster")

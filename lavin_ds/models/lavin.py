@@ -107,13 +107,21 @@ class Lavin(nn.Module):
         modality_MD = self.modality() if self.modality is not None else None
         return self.llm(x_BTD, modality_MD, modality_B, positions, cache, packed)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Sum of the labelled tokens' cross-entropies (fp32 scalar), and how many there are (paper 1, eq. 5)."""
+    def forward(
+        self, batch: Batch, probe_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, int] | tuple[torch.Tensor, int, torch.Tensor]:
+        """Sum of the labelled tokens' cross-entropies (fp32 scalar), and how many there are (paper 1, eq. 5).
+
+        With probe_B, an index among all B * T of ids_BT a sample, also the logits [B, V] that predict those tokens.
+        """
         h_BTD = self.hidden(batch)
         # Position i - 1 predicts token i. A packed sample's first token has no label: no sample predicts another's.
         labelled_BT = batch.labels_BT[:, 1:] != IGNORE
         target_N = batch.labels_BT[:, 1:][labelled_BT]
-        return self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
+        loss_sum, labels = self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
+        if probe_B is None:
+            return loss_sum, labels
+        return loss_sum, labels, self.llm.logits(h_BTD.flatten(0, 1)[probe_B - 1])
 
     def prefill(self, batch: Batch, new_tokens: int) -> tuple[torch.Tensor, KVCache, torch.Tensor]:
         """Reads right-padded prompts; returns logits [B, V] of each one's next token, the cache with room for

@@ -10,7 +10,8 @@ from lavin_ds.run import Inputs
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """resume: "never", or "auto" to go on from the newest checkpoint in `out`."""
+    """resume: "never", or "auto" to go on from the newest checkpoint in `out`; init_adapter: an exported adapter to
+    start from instead of a new one."""
 
     recipe: str
     data: Path
@@ -18,14 +19,19 @@ class TrainArguments:
     clip: Path | None
     out: Path
     resume: str = "never"
+    init_adapter: Path | None = None
     overrides: tuple[str, ...] = ()
 
     def inputs(self) -> Inputs:
-        absolute = {key: getattr(self, key) and getattr(self, key).absolute() for key in ("data", "llama", "clip")}
+        absolute = {
+            key: getattr(self, key) and getattr(self, key).absolute()
+            for key in ("data", "llama", "clip", "init_adapter")
+        }
         return Inputs(**absolute)
 
     def words(self) -> list[str]:
         """The arguments of launch/train.py."""
         clip = ["--clip", str(self.clip)] if self.clip else []
-        paths = ["--data", str(self.data), "--llama", str(self.llama), *clip, "--out", str(self.out)]
+        init = ["--init-adapter", str(self.init_adapter)] if self.init_adapter else []
+        paths = ["--data", str(self.data), "--llama", str(self.llama), *clip, *init, "--out", str(self.out)]
         return ["--recipe", self.recipe, *paths, "--resume", self.resume, *self.overrides]

@@ -1,7 +1,7 @@
 """Checkpoints: the trainables and their optimizer moments, whole, in one file, whatever the ZeRO stage.
 
     RUN/checkpoints/step-00000200/state.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME, fp32
-    RUN/checkpoints/step-00000200/state.json          step, checksum
+    RUN/checkpoints/step-00000200/state.json          step, updates, validation loss, checksum
 
 Nothing else is needed to go on: the order of samples, the learning rate and the dropout of a step are functions
 of (seed, step). At 3.8M parameters the file has 45 MB, so it is not worth splitting over ranks, and a run resumes
@@ -13,8 +13,9 @@ A checkpoint is put together in a folder of another name and renamed when it is 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import deepspeed
@@ -27,16 +28,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavin_ds.data.shards import file_sha256
+from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """step: optimizer steps done; tensors: `kind/parameter name` to fp32 tensors on the CPU."""
+class Position:
+    """Where a run stands. step: optimizer steps done, skipped ones included; updates: without those, which is what
+    AdamW corrects its bias by; val_loss: of these parameters, None if they were not validated."""
 
     step: int
+    updates: int
+    val_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: `kind/parameter name` to fp32 tensors on the CPU."""
+
+    at: Position
     tensors: dict[str, torch.Tensor]
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -51,10 +63,15 @@ def gather_values(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Par
     return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in trainable.items()}
 
 
-def save(folder: Path, engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Parameter], step: int, keep: int):
-    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`.
+def save(
+    folder: Path, engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Parameter], at: Position, keep: int
+) -> None:
+    """Writes a checkpoint and removes all but the newest `keep` and the one with the least validation loss.
 
     Every rank must call it; rank 0 writes, and all return when the checkpoint is on disk.
+
+    Raises:
+        UserError: on rank 0, it cannot be written. The checkpoints before it are as they were.
     """
     tensors = {f"value/{name}": value for name, value in gather_values(engine, trainable).items()}
     _link_moments(engine)
@@ -62,8 +79,9 @@ def save(folder: Path, engine: deepspeed.DeepSpeedEngine, trainable: dict[str, n
         for name, parameter in trainable.items():
             tensors[f"{moment}/{name}"] = _get_moment(engine, parameter, moment).cpu().clone()
     if dist.get_rank() == 0:
-        _write(folder, step, tensors)
-        for old in list_steps(folder)[:-keep]:
+        _write(folder, at, tensors)
+        kept = {*list_steps(folder)[-keep:], best_step(folder)}
+        for old in set(list_steps(folder)) - kept:
             shutil.rmtree(folder / _name(old))
     dist.barrier()
 
@@ -72,18 +90,25 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
-    unfinished = folder / f".{_name(step)}.part"
+def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None:
+    unfinished = folder / f".{_name(at.step)}.part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    state = unfinished / "state.safetensors"
-    save_file(tensors, state)
-    sync(state)
-    write_json(unfinished / "state.json", {"step": step, "sha256": file_sha256(state)})
-    final = folder / _name(step)
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
-    sync(folder)
+    try:
+        unfinished.mkdir(parents=True)
+        state = unfinished / "state.safetensors"
+        save_file(tensors, state)
+        sync(state)
+        write_json(unfinished / "state.json", asdict(at) | {"sha256": file_sha256(state)})
+        final = folder / _name(at.step)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint of step {at.step} cannot be written to {folder}: {error}. Those before it are intact: "
+            "free space and go on with --resume auto."
+        ) from None
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -91,17 +116,44 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
 
 
+def best_step(folder: Path) -> int | None:
+    """Step of the checkpoint with the least validation loss, the first of equals; None if none was validated."""
+    losses = _validation_losses(folder)
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def best_loss(folder: Path) -> float | None:
+    return min(_validation_losses(folder).values(), default=None)
+
+
+def _validation_losses(folder: Path) -> dict[int, float]:
+    losses = {step: _record(folder, step).get("val_loss") for step in list_steps(folder)}
+    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+
+
+def _record(folder: Path, step: int) -> dict:
+    try:
+        return json.loads((folder / _name(step) / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def load(folder: Path, step: int) -> Checkpoint:
+    """Raises OSError, ValueError, TypeError or SafetensorError for a checkpoint that is damaged."""
+    record = _record(folder, step)
+    state = folder / _name(step) / "state.safetensors"
+    if record.pop("sha256", None) != file_sha256(state):
+        raise ValueError("its checksum does not hold")
+    return Checkpoint(Position(**record), load_file(state))
+
+
 def load_newest(folder: Path, warn) -> Checkpoint | None:
     """The newest checkpoint whose checksum holds; `warn(sentence)` is told of every damaged one passed over."""
     for step in reversed(list_steps(folder)):
-        path = folder / _name(step)
         try:
-            record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if record["sha256"] != file_sha256(path / "state.safetensors"):
-                raise ValueError("its checksum does not hold")
-            return Checkpoint(record["step"], load_file(path / "state.safetensors"))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warn(f"The checkpoint {path} is damaged ({error}): going back to the one before it.")
+            return load(folder, step)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            warn(f"The checkpoint {folder / _name(step)} is damaged ({error}): going back to the one before it.")
     return None
 
 
@@ -114,7 +166,7 @@ def load_optimizer(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Pa
     optimizer = engine.optimizer.optimizer if stage else engine.optimizer
     for parameter in _optimized(engine):
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(checkpoint.step)),
+            "step": torch.tensor(float(checkpoint.at.updates)),
             **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
         }
     _link_moments(engine)

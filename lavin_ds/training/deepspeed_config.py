@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,49 @@ DECIDED_BY_RECIPE = (
     "bf16",
     "fp16",
 )
+# Monitors that need a package, and how to get it.
+MONITOR_PACKAGES = {
+    "tensorboard": ("tensorboard", "pip install 'lavin_ds[metrics]'"),
+    "wandb": ("wandb", "pip install 'lavin_ds[wandb]'"),
+    "comet": ("comet_ml", "pip install comet_ml"),
+}
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_deepspeed_config(name_or_file: str) -> str:
+    """Reads a DeepSpeed JSON and says what it sets.
+
+    Raises:
+        UserError: as read_deepspeed_config; or DeepSpeed would fail or do nothing with it, minutes later.
+    """
+    config = read_deepspeed_config(name_or_file)
+    zero = config.get("zero_optimization", {})
+    stage = zero_stage(config)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"The DeepSpeed configuration {name_or_file} sets ZeRO stage {stage}: there are 0, 1, 2 and 3.")
+    said = f"{name_or_file}: ZeRO stage {stage}"
+    for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = zero.get(part, {}).get("device", "none")
+        if device == "none":
+            continue
+        if stage not in stages:
+            raise UserError(
+                f"The DeepSpeed configuration {name_or_file} sets {part}, which works at ZeRO stage "
+                f"{' and '.join(map(str, stages))}, not {stage}: remove it there or change the stage."
+            )
+        said += f", {part} to {device}"
+    for monitor, (package, remedy) in MONITOR_PACKAGES.items():
+        if config.get(monitor, {}).get("enabled"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"The DeepSpeed configuration {name_or_file} enables {monitor}, but the package {package} is not "
+                    f"installed: {remedy}, or remove that section."
+                )
+            said += f", {monitor}"
+    return said
 
 
 def read_deepspeed_config(name_or_file: str) -> dict[str, Any]:

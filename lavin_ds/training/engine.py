@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lavin_ds.config import RunConfig, TrainingConfig
 from lavin_ds.data.sampler import micro_batches
+from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import TensorParallelUnit, data_parallel_size
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
@@ -21,7 +22,7 @@ from lavin_ds.training.launcher import free_port
 def start_distributed() -> torch.device:
     """Joins the launcher's process group, or makes a world of one without a launcher; returns this rank's device."""
     # DeepSpeed calls it at every step, and a user can do nothing about it.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
     accelerator = get_accelerator()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
@@ -33,7 +34,15 @@ def start_distributed() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    try:
+        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"Port {os.environ['MASTER_PORT']} of this machine is in use, perhaps by another run: start again, under "
+            "`deepspeed` with another --master_port."
+        ) from None
     return torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from lavin_ds.config import RunConfig
@@ -15,14 +19,25 @@ from lavin_ds.data.schema import manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.files import write_json
 from lavin_ds.parallel import initialize_tensor_parallel
-from lavin_ds.run import RunRecord
+from lavin_ds.run import RunRecord, hold
 from lavin_ds.training import checkpoint
 from lavin_ds.training.arguments import TrainArguments
+from lavin_ds.training.checkpoint import Position
 from lavin_ds.training.console import TrainingConsole
 from lavin_ds.training.engine import build_engine, start_distributed
-from lavin_ds.training.loop import Loop, StepResult, StopSignal, TrainingStopped
-from lavin_ds.training.metrics import MetricsFile, peak_memory, plot_loss, read_metrics
-from lavin_ds.training.preflight import SPLIT, preflight
+from lavin_ds.training.flops import peak_flops, step_flops
+from lavin_ds.training.loop import Loop, StepResult, TrainingDiverged, TrainingStopped
+from lavin_ds.training.metrics import (
+    MetricsFile,
+    peak_memory,
+    plot_loss,
+    read_metrics,
+    write_suspects,
+    write_to_monitors,
+)
+from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, preflight
+from lavin_ds.training.rank import StopSignal
+from lavin_ds.training.validation import Scores, Validation
 from lavin_ds.weights.adapter import fill_trainable, save_adapter
 from lavin_ds.weights.base import build_model
 
@@ -37,21 +52,24 @@ PACKAGES = (
     "numpy",
 )
 EXIT_STOPPED = 143  # 128 + SIGTERM: stopped on request, state saved
+EXIT_DIVERGED = 3  # too many steps in a row without a finite loss or gradient
 
 
-def train(arguments: TrainArguments) -> int:
+def train(arguments: TrainArguments, stop: StopSignal) -> int:
     """Runs the training on this rank and returns the process's exit code.
 
     Raises:
-        UserError: from `preflight`, on every rank alike.
+        UserError: from `preflight`, on every rank alike; or on rank 0, if the run directory is in use or cannot be
+            written.
     """
     config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-    stop = StopSignal()
     device = start_distributed()
     initialize_tensor_parallel(config.tensor_parallel)
-    console = TrainingConsole(enabled=dist.get_rank() == 0)
+    is_first = dist.get_rank() == 0
+    console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
     try:
-        return _train(arguments, config, device, stop, console)
+        with hold(arguments.out, console.warn) if is_first else nullcontext():
+            return _train(arguments, config, device, stop, console)
     finally:
         console.close()
 
@@ -60,57 +78,100 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     out, checkpoints = arguments.out, arguments.out / "checkpoints"
     is_first = dist.get_rank() == 0
     if is_first:
-        out.mkdir(parents=True, exist_ok=True)
         _record(arguments, config).save(out)
     console.say(f"Loading {config.name} on {dist.get_world_size()} {device.type} rank(s)")
-    model = build_model(config, arguments.llama, arguments.clip, device=device)
     start = checkpoint.load_newest(checkpoints, console.warn) if arguments.resume == "auto" else None
+    init = None if start else arguments.init_adapter
+    model = build_model(config, arguments.llama, arguments.clip, init, device)
+    at = start.at if start else Position(step=0, updates=0)
     trainable = model.trainable()
-    first_step = 0
     if start:
-        fill_trainable(model, start.values(), where=f"The checkpoint of step {start.step}")
-        first_step = start.step
-        console.say(f"Resuming behind step {first_step}")
+        fill_trainable(model, start.values(), where=f"The checkpoint of step {at.step}")
+        console.say(f"Resuming behind step {at.step}")
     engine = build_engine(model, config)
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
-    reader = ShardReader(arguments.data, SPLIT)
-    loop = Loop(engine, config, reader, device)
-    metrics = MetricsFile(out / "metrics.jsonl", first_step) if is_first else None
+    loop = Loop(engine, config, ShardReader(arguments.data, SPLIT), device, at.step, at.updates)
+    training = config.training
+    validation = None
+    if training.validate_every:
+        validation = Validation(engine, config, ShardReader(arguments.data, VALIDATION_SPLIT), device)
+    metrics = MetricsFile(out / "metrics.jsonl", at.step) if is_first else None
 
-    def save(step: int) -> None:
-        checkpoint.save(checkpoints, engine, trainable, step, config.training.keep_checkpoints)
+    def save() -> None:
+        checkpoint.save(checkpoints, engine, trainable, at, training.keep_checkpoints)
 
     def on_step(result: StepResult) -> None:
+        nonlocal at
+        last = result.step == loop.total_steps
+        scores = None
+        if validation and (last or result.step % training.validate_every == 0):
+            with console.doing("validating"):
+                scores = validation.run()
+        at = Position(result.step, loop.updates, scores.val_loss if scores else None)
         if metrics:
-            metrics.add(result)
-        console.step(result, loop.total_steps)
-        if result.step % config.training.checkpoint_every == 0 and result.step < loop.total_steps:
-            save(result.step)
-        on_step.done = result.step
+            metrics.add(result, scores)
+            write_to_monitors(engine, result, scores)
+        console.step(result, scores)
+        if last or result.step % training.checkpoint_every == 0 or _is_best(scores, checkpoints):
+            save()
 
-    on_step.done = first_step
-    console.begin(first_step, loop.total_steps)
+    console.begin(at.step, loop.total_steps)
     try:
-        loop.run(first_step, stop, on_step)
+        loop.run(stop, on_step)
     except TrainingStopped:
-        save(on_step.done)
-        console.warn(f"Stopped behind step {on_step.done}, state saved: go on with --resume auto")
+        save()
+        console.warn(f"Stopped behind step {at.step}, state saved: go on with --resume auto")
         _end(metrics)
         return EXIT_STOPPED
-    save(loop.total_steps)
+    except TrainingDiverged as error:
+        if is_first:
+            suspects = write_suspects(out)
+            console.close()
+            console.error(f"{error} The samples are in {suspects}; {_newest(checkpoints)}")
+        _end(metrics)
+        return EXIT_DIVERGED
     values = checkpoint.gather_values(engine, trainable)
     memory = peak_memory(device)
     if is_first:
         features = loop.reader.manifest.features if config.model.vision_source == "cached" else None
-        source = features.clip_sha256 if features else None
-        save_adapter(out / "adapter.safetensors", values, config, arguments.llama, arguments.clip, source)
+        base = (config, arguments.llama, arguments.clip, features.clip_sha256 if features else None)
+        save_adapter(out / "adapter.safetensors", values, *base)
+        best = checkpoint.best_step(checkpoints)
+        if best is not None:
+            save_adapter(out / "adapter-best.safetensors", checkpoint.load(checkpoints, best).values(), *base)
         summary = _summary(out, loop, values, memory)
         plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         write_json(out / "summary.json", summary)
         console.finish(summary, out)
     _end(metrics)
     return 0
+
+
+def _peak_share(config: RunConfig, device: torch.device) -> Callable[[StepResult], float | None]:
+    peak = peak_flops(device) if config.model.frozen_dtype != "fp32" else None
+
+    def share(result: StepResult) -> float | None:
+        if peak is None:
+            return None
+        flops = step_flops(config.model, result.tokens, result.labelled_tokens, result.images)
+        return flops / result.seconds / (peak * dist.get_world_size())
+
+    return share
+
+
+def _is_best(scores: Scores | None, checkpoints: Path) -> bool:
+    """Whether this validation has a lower loss than that of every checkpoint; the same on all ranks."""
+    if scores is None or not math.isfinite(scores.val_loss):
+        return False
+    best = [checkpoint.best_loss(checkpoints)]
+    dist.broadcast_object_list(best, src=0)  # a file system may show it to other nodes later
+    return best[0] is None or scores.val_loss < best[0]
+
+
+def _newest(checkpoints: Path) -> str:
+    steps = checkpoint.list_steps(checkpoints)
+    return f"the last checkpoint is that of step {steps[-1]}." if steps else "there was no checkpoint before them."
 
 
 def _end(metrics: MetricsFile | None) -> None:
@@ -123,19 +184,28 @@ def _end(metrics: MetricsFile | None) -> None:
 
 def _summary(out: Path, loop: Loop, values: dict, memory: dict) -> dict:
     metrics = read_metrics(out / "metrics.jsonl")
+    validated = [m for m in metrics if m.get("val_loss") is not None]
+    best = min(validated, key=lambda m: m["val_loss"], default=None)
+    keys = ("step", "val_loss", "val_answer_accuracy")
     return {
         "steps": loop.total_steps,
+        "skipped_steps": sum(m["skipped"] for m in metrics),
         "samples": loop.total_steps * loop.config.training.global_batch,
         "tokens": sum(m["tokens"] for m in metrics),
         "labelled_tokens": sum(m["labelled_tokens"] for m in metrics),
         "padded_tokens": sum(m["padded_tokens"] for m in metrics),
         "final_loss": metrics[-1]["loss"],
+        "validation": {"best": _pick(best, keys), "last": _pick(validated[-1], keys)} if best else None,
         "trainable_parameters": sum(v.numel() for v in values.values()),
         "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
         "ranks": dist.get_world_size(),
         "seconds": sum(m["seconds"] for m in metrics),  # in steps, over all starts of the run
         **memory,
     }
+
+
+def _pick(record: dict, keys: tuple[str, ...]) -> dict:
+    return {key: record[key] for key in keys}
 
 
 def _record(arguments: TrainArguments, config: RunConfig) -> RunRecord:

@@ -20,7 +20,8 @@ import psutil
 
 from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.preflight import preflight
+from lavin_ds.training.preflight import Check, disk_check, hostfile_ranks, memory_check, refuse, run_checks
+from lavin_ds.training.rank import LAUNCHER_PID
 
 SCRIPTS = ("train.py", "features.py")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -31,11 +32,13 @@ def local_ranks() -> int:
 
     More CPU ranks than 2 only add copies of the frozen model to what memory has to hold.
     """
+    return gpus() or min(2, len(os.sched_getaffinity(0)))
+
+
+def gpus() -> int:
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, len(os.sched_getaffinity(0)))
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def free_port() -> int:
@@ -63,9 +66,17 @@ def run_to_the_end(command: list[str]) -> int:
     """Runs a launch in a session of its own; returns its exit code when nothing of it is left."""
     launcher = subprocess.Popen(command, start_new_session=True, env=_environment())
 
+    interrupted = False
+
     def forward(number, _frame):
-        for rank in _ranks(launcher.pid):
-            rank.send_signal(number)
+        nonlocal interrupted
+        ranks = _ranks(launcher.pid)
+        if interrupted or not ranks:  # nothing to save, or a person who will not wait
+            os.killpg(launcher.pid, signal.SIGKILL)
+        interrupted = number == signal.SIGINT
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -80,7 +91,7 @@ def run_to_the_end(command: list[str]) -> int:
 def _environment() -> dict[str, str]:
     import torch
 
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
     if not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
     return environment
@@ -97,15 +108,47 @@ def _ranks(launcher_pid: int) -> list[psutil.Process]:
     return ranks
 
 
+def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> list[Check]:
+    """What `launch` would check, and the memory estimate on any machine."""
+    checks = []
+    try:
+        ranks = hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
+    except UserError as error:
+        checks.append(Check("hostfile", str(error), passed=False))
+    config, found = run_checks(arguments, ranks)
+    checks += found
+    if config:
+        checks.append(disk_check(arguments, config))
+        if ranks and all(check.passed for check in checks):
+            checks.append(memory_check(config, ranks, local_ranks() if hostfile else ranks))
+    return checks
+
+
 def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> int:
     """Checks a run, starts it and waits for its end; returns the exit code.
 
     Raises:
-        UserError: from the preflight, or the hostfile does not exist.
+        UserError: everything that the preflight finds wrong, or the hostfile cannot be read.
     """
-    if hostfile and not hostfile.is_file():
-        raise UserError(f"The hostfile {hostfile} does not exist: write a line 'HOST slots=GPUS' for every node.")
-    if not hostfile:
-        ranks = ranks or local_ranks()
-    preflight(arguments, ranks)
-    return run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))
+    ranks = hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
+    config, checks = run_checks(arguments, ranks)
+    refuse(checks)
+    checks = [disk_check(arguments, config)]
+    if gpus():  # elsewhere it may take longer than the runs one tries there
+        checks.append(memory_check(config, ranks, local_ranks()))
+    refuse(checks)
+    before = _identity(arguments.out / "summary.json")
+    code = run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))
+    if code == 0 and _identity(arguments.out / "summary.json") == before:
+        # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
+        print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)
+        return 1
+    return code
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None

@@ -3,151 +3,180 @@
 The objective of a step (paper 1, eq. 5) is the mean cross-entropy over the labelled tokens of the whole global
 batch, however it is cut into micro-batches and dealt to ranks. DeepSpeed averages gradients over data-parallel
 ranks and over micro-batches, so every micro-batch's summed loss is multiplied by their number.
+
+A step whose loss or gradient is not finite changes nothing, on all ranks alike, and the run goes on with the next
+global batch.
 """
 
 from __future__ import annotations
 
-import signal
+import math
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from lavin_ds.config import RunConfig
-from lavin_ds.data.collate import collate
-from lavin_ds.data.sampler import assign, global_batch_indices, total_steps
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
+from lavin_ds.training.feed import Feed, StepData, in_background
+from lavin_ds.training.rank import StopSignal
 from lavin_ds.training.schedule import step_learning_rate
 
 
 class TrainingStopped(Exception):
-    """The run was asked to stop by a signal; it has saved its state."""
+    """The run was asked to stop by a signal."""
 
 
-class LossNotFinite(Exception):
-    """The loss became NaN or infinite; the message names the step and its samples."""
+class TrainingDiverged(Exception):
+    """Too many steps in a row had no finite loss or gradient; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. Sums are over all ranks; loss is per labelled token, seconds wall time."""
+    """What one optimizer step did. Sums are over all ranks; loss is per labelled token, seconds wall time.
 
-    step: int  # optimizer steps done, this one included
+    A skipped step has changed nothing: its loss or gradient_norm is NaN or infinite, and `suspects` names the
+    samples of the micro-batches whose loss is (of the whole step if it is the gradient alone).
+    """
+
+    step: int  # optimizer steps done, this one and skipped ones included
     epoch: float
     loss: float
     learning_rate: float
-    gradient_norm: float | None
+    gradient_norm: float  # before clipping
     labelled_tokens: int
     tokens: int  # that samples hold, without padding
     padded_tokens: int
+    images: int
     seconds: float
-
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT and Slurm's SIGUSR1 into a wish to stop after the current step."""
-
-    def __init__(self):
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame) -> None:
-        self.received = number
+    skipped: bool = False
+    suspects: tuple[str, ...] = ()
 
 
 class Loop:
-    """Steps a DeepSpeed engine through a split of the shards; the state is the engine and the step number."""
+    """Steps a DeepSpeed engine through a split of the shards; the state is the engine and two numbers.
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig, reader: ShardReader, device: torch.device):
+    done: optimizer steps behind it; updates: those of them that were not skipped.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: RunConfig,
+        reader: ShardReader,
+        device: torch.device,
+        done: int = 0,
+        updates: int = 0,
+    ):
         self.engine, self.config, self.reader, self.device = engine, config, reader, device
-        self.visual_tokens = config.model.visual_tokens
-        self.visual_input = reader.visual_input(config.model.vision_source)
-        self.lengths = reader.lengths(self.visual_tokens)
-        self.has_image = reader.has_pixels & (self.visual_tokens > 0)
-        self.samples = reader.trainable
-        self.total_steps = total_steps(len(self.samples), config.training.epochs, config.training.global_batch)
+        self.feed = Feed(config, reader, device)
+        self.total_steps = self.feed.total_steps
+        self.done, self.updates, self.skipped_in_a_row = done, updates, 0
 
-    def run(self, first_step: int, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
-        """Runs the steps from `first_step` on; `on_step` is called on every rank after each.
+    def run(self, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
+        """Runs the steps that are left; `on_step` is called on every rank after each.
 
         Raises:
             TrainingStopped: a signal came to any rank; raised on all of them after the same step.
-            LossNotFinite: on all ranks after the same step, before the update.
+            TrainingDiverged: as many steps in a row were skipped as the recipe allows; on all ranks alike.
         """
         self.engine.train()
-        for step in range(first_step, self.total_steps):
-            result, stopping = self._step(step, stop)
-            on_step(result)
-            if stopping:
-                raise TrainingStopped
+        with in_background(self.feed.steps(self.done)) as steps:
+            for data in steps:
+                result, stopping = self._step(data, stop)
+                self.done += 1
+                self.updates += not result.skipped
+                self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+                on_step(result)
+                if self.skipped_in_a_row == self.config.training.max_skipped_in_a_row:
+                    raise TrainingDiverged(
+                        f"Neither loss nor gradient was finite in {self.skipped_in_a_row} steps in a row, the last one "
+                        f"step {result.step}: the loss was {result.loss}, the gradient norm {result.gradient_norm}."
+                    )
+                if stopping:
+                    raise TrainingStopped
 
-    def _step(self, step: int, stop: StopSignal) -> tuple[StepResult, bool]:
+    def _step(self, data: StepData, stop: StopSignal) -> tuple[StepResult, bool]:
         began = time.perf_counter()
-        training, count = self.config.training, len(self.samples)
-        chosen = self.samples[global_batch_indices(count, training.global_batch, training.seed, step)]
-        ranks, rank = data_parallel_size(), data_parallel_rank()
-        lengths, has_image = self.lengths[chosen], self.has_image[chosen]
-        parts = assign(chosen, lengths, has_image, ranks, training.micro_batch, training.packing)[rank]
-        labelled = int(self.reader.label_counts[chosen].sum())
-        rate = step_learning_rate(step, count, training)
+        training, count = self.config.training, len(self.feed.samples)
+        rate = step_learning_rate(data.step, count, training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         # Dropout draws from torch's own generator, so that is what (seed, rank, step) must decide. Ranks that
         # share a tensor share data_parallel_rank, and so draw the same numbers.
-        torch.manual_seed(zlib.crc32(f"dropout {training.seed} {rank} {step}".encode()))
+        torch.manual_seed(zlib.crc32(f"dropout {training.seed} {data_parallel_rank()} {data.step}".encode()))
 
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, tokens, tokens with padding
-        for k, rows in enumerate(parts):
-            loss_sum, padded = self._micro_step(rows, labelled / (ranks * len(parts)))
-            sums += torch.stack([loss_sum.double(), *sums.new_tensor([self.lengths[rows].sum(), padded])])
-            if k + 1 < len(parts):
-                self.engine.step()  # counts the micro-batch; the update is the last one's
-        loss_total, tokens, padded_tokens, stops = self._sum_over_ranks(sums, bool(stop.received))
-        loss = loss_total / labelled
-        if not np.isfinite(loss):
-            ids = ", ".join(self.reader.row(int(i)).id for i in chosen)
-            raise LossNotFinite(f"The loss of step {step + 1} is {loss}. Its samples: {ids}.")
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        losses, totals = self._gradients(data, stop)
+        norm, updated = self._update()
+        loss_sum, tokens, padded_tokens, stops = totals.tolist()
         result = StepResult(
-            step=step + 1,
-            epoch=(step + 1) * training.global_batch / count,
-            loss=loss,
+            step=data.step + 1,
+            epoch=(data.step + 1) * training.global_batch / count,
+            loss=loss_sum / data.labelled,
             learning_rate=rate,
-            gradient_norm=None if norm is None else float(norm),
-            labelled_tokens=labelled,
+            gradient_norm=norm,
+            labelled_tokens=data.labelled,
             tokens=int(tokens),
             padded_tokens=int(padded_tokens),
+            images=data.images,
             seconds=time.perf_counter() - began,
+            skipped=not updated,
+            suspects=() if updated else self._suspects(data, losses),
         )
         return result, stops > 0
 
-    def _sum_over_ranks(self, sums: torch.Tensor, stopping: bool) -> list[float]:
-        """Sums over the samples of all ranks, and how many ranks want to stop."""
-        shared = torch.cat([sums / tensor_parallel_size(), sums.new_tensor([float(stopping)])])
-        dist.all_reduce(shared)
-        return shared.tolist()
+    def _gradients(self, data: StepData, stop: StopSignal) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of all micro-batches. Returns each one's summed loss, and over all ranks the sums of
+        loss, tokens, tokens with padding and ranks that want to stop."""
+        share = data.labelled / (data_parallel_size() * len(data.batches))  # labelled tokens a micro-batch
+        losses, padded = [], 0
+        for k, batch in enumerate(data.batches):
+            is_last = k + 1 == len(data.batches)
+            loss_sum, labels = self.engine(batch.to(self.device))
+            losses.append(loss_sum.detach().double())
+            padded += batch.ids_BT.numel()
+            if is_last:
+                sums = losses[0].new_tensor([0.0, sum(data.tokens), padded, 0.0])
+                sums[0] = torch.stack(losses).sum()
+                totals = sums / tensor_parallel_size()
+                totals[3] = float(bool(stop.received))
+                dist.all_reduce(totals)
+                # Times 1. But where any rank's loss is not finite, times NaN on all of them: then every gradient is
+                # NaN on every rank, and none makes an update that the others do not.
+                loss_sum = loss_sum * (1 + 0 * totals[0]).to(loss_sum.dtype)
+            # compat: every micro-batch weighs the same, however many labels it has.
+            self.engine.backward(loss_sum / (max(labels, 1) if self.config.compat else share))
+            if not is_last:
+                self.engine.step()  # counts the micro-batch; the update is the last one's
+        return torch.stack(losses), totals
 
-    def _micro_step(self, rows: np.ndarray, labelled_share: float) -> tuple[torch.Tensor, int]:
-        """Forward and backward of one micro-batch; returns its summed loss and its tokens with padding.
+    def _update(self) -> tuple[float, bool]:
+        """Updates the parameters unless the gradient is not finite; returns its norm and whether it did.
 
-        labelled_share: labelled tokens of the global batch over all micro-batches of all ranks.
+        The norm is that of all ranks together, each parameter counted once, and so they all decide alike. DeepSpeed's
+        ZeRO optimizers refuse such a gradient and clear it by themselves; at stage 0 nobody does.
         """
-        batch = collate(
-            [self.reader.row(int(i)) for i in rows],
-            self.visual_input,
-            self.reader.frame,
-            self.visual_tokens,
-            self.config.training.packing,
-        ).to(self.device)
-        loss_sum, labels = self.engine(batch)
-        # compat: every micro-batch weighs the same, however many labels it has.
-        share = max(labels, 1) if self.config.compat else labelled_share
-        self.engine.backward(loss_sum / share)
-        return loss_sum.detach(), batch.ids_BT.numel()
+        engine = self.engine
+        if engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                engine.zero_grad()
+            engine.step()
+            return norm, math.isfinite(norm)
+        engine.step()
+        return float(engine.get_global_grad_norm()), not engine.optimizer.overflow
+
+    def _suspects(self, data: StepData, losses: torch.Tensor) -> tuple[str, ...]:
+        """Ids of the samples of all ranks' micro-batches without a finite loss; of the whole step if there is none."""
+        bad = [k for k, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        here = [id for k in bad for id in data.batches[k].row_ids]
+        everywhere: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, here)
+        found = dict.fromkeys(id for ids in everywhere for id in ids)
+        return tuple(found) or tuple(self.reader.row(int(i)).id for i in data.rows)

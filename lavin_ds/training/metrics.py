@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import resource
 from dataclasses import asdict
 from pathlib import Path
 
+import deepspeed
 import matplotlib
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from lavin_ds.files import write_atomically
+from lavin_ds.errors import UserError
+from lavin_ds.files import write_atomically, write_json
 from lavin_ds.training.loop import StepResult
+from lavin_ds.training.validation import Scores
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one line an optimizer step. Lines behind the step a run resumes from are dropped."""
+    """RUN/metrics.jsonl: one line an optimizer step, with the keys of Scores where there was a validation.
+
+    Lines behind the step a run resumes from are dropped. null stands for a number that is not finite.
+    """
 
     def __init__(self, path: Path, done_steps: int):
         self.path = path
@@ -26,8 +34,17 @@ class MetricsFile:
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
 
-    def add(self, result: StepResult) -> None:
-        self._file.write(json.dumps(asdict(result)) + "\n")
+    def add(self, result: StepResult, scores: Scores | None) -> None:
+        record = asdict(result) | (asdict(scores) if scores else {})
+        if not result.skipped:
+            del record["suspects"]
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Free space and go on with --resume auto."
+            ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -44,6 +61,32 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def write_suspects(run: Path) -> Path:
+    """RUN/suspects.json: the samples of the skipped steps at the end of the metrics, by step."""
+    metrics = read_metrics(run / "metrics.jsonl")
+    in_a_row = itertools.takewhile(lambda m: m["skipped"], reversed(metrics))
+    write_json(run / "suspects.json", {str(m["step"]): m["suspects"] for m in reversed(list(in_a_row))})
+    return run / "suspects.json"
+
+
+def write_to_monitors(engine: deepspeed.DeepSpeedEngine, result: StepResult, scores: Scores | None) -> None:
+    """Hands a step to the monitors that the DeepSpeed configuration enables: tensorboard, wandb, csv_monitor, ..."""
+    if not engine.monitor.enabled:
+        return
+    values = {
+        "train/loss": result.loss,
+        "train/learning_rate": result.learning_rate,
+        "train/gradient_norm": result.gradient_norm,
+        "train/labelled_tokens_per_second": result.labelled_tokens / result.seconds,
+        "train/skipped": float(result.skipped),
+    }
+    if scores:
+        values["val/loss"] = scores.val_loss
+        if scores.val_answer_accuracy is not None:
+            values["val/answer_accuracy"] = scores.val_answer_accuracy
+    engine.monitor.write_events([(name, value, result.step) for name, value in values.items()])
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
@@ -69,8 +112,10 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
+    validated = [m for m in metrics if "val_loss" in m]
+    metrics = [m for m in metrics if not m["skipped"]]
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
     rate_axis = axis.twinx()
     rate_axis.fill_between(steps, [m["learning_rate"] for m in metrics], color="0.92")
     rate_axis.set_ylabel("learning rate", color="0.5")
@@ -78,6 +123,9 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     axis.patch.set_visible(False)
     axis.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
     axis.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="moving average")
+    if validated:
+        steps, losses = [m["step"] for m in validated], [m["val_loss"] for m in validated]
+        axis.plot(steps, losses, color="tab:orange", linewidth=2, marker="o", markersize=4, label="validation")
     axis.set(xlabel="optimizer step", ylabel="loss a labelled token (nats)", ylim=(0, None))
     axis.legend(loc="upper right")
     figure.tight_layout()

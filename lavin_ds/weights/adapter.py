@@ -140,6 +140,42 @@ def read_record(file: Path) -> AdapterRecord:
         raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None
 
 
+def check_fits(file: Path, config: RunConfig) -> None:
+    """Compares an adapter's record with the recipe that is to go on from it, without reading its tensors.
+
+    An official file (.pth) has no record: only its being there is checked here, its shapes when it is loaded.
+
+    Raises:
+        UserError: there is no such file or record, or it was trained in a model that this recipe does not describe.
+    """
+    if not file.is_file():
+        raise UserError(f"No adapter at {file}.")
+    if file.suffix == ".pth":
+        return
+    trained = read_record(file).config
+    differ = _differences(_identity(trained), _identity(config))
+    if differ:
+        raise UserError(f"{file} does not fit the recipe {config.name}: {'; '.join(differ)}.")
+
+
+def _identity(config: RunConfig) -> dict:
+    """What adapters depend on; not how the frozen weights are stored, nor what is drawn in training only."""
+    model = config.model.model_dump(exclude={"frozen_dtype", "vision_source"})
+    for adapter in ("llm_adapter", "vision_adapter"):
+        del model[adapter]["dropout"]
+    return {"compat": config.compat, "model": model}
+
+
+def _differences(adapter: dict, recipe: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key in adapter:
+        if isinstance(adapter[key], dict) and isinstance(recipe[key], dict):
+            found += _differences(adapter[key], recipe[key], f"{prefix}{key}.")
+        elif adapter[key] != recipe[key]:
+            found.append(f"{prefix}{key} is {adapter[key]} in the adapter and {recipe[key]} in the recipe")
+    return found
+
+
 def load_adapter(model: Lavin, file: Path) -> None:
     """Fills every trainable parameter of `model` from an adapter file, and demands that nothing is left over.
 

@@ -26,6 +26,11 @@ def check_inputs(config: RunConfig, llama: Path, clip: Path | None) -> None:
             recipe or one with cached features, or not given to another.
     """
     check_llama(llama, config.model.llm)
+    check_vision(config, clip)
+
+
+def check_vision(config: RunConfig, clip: Path | None) -> None:
+    """The part of check_inputs that is about CLIP."""
     if config.model.has_vit and clip is None:
         raise UserError(f"Recipe {config.name} sees images: give a CLIP file with --clip.")
     if clip is not None and not config.model.vision:

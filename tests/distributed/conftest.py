@@ -1,25 +1,28 @@
-"""A small base and shards, and real launches on them: processes, gloo, the deepspeed launcher."""
+"""A small base and shards, and real ranks on them: processes, gloo, and where a test is about it the launcher."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from open_clip.transformer import QuickGELU, VisionTransformer
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.launcher import free_port, train_command
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
+
+from random_base import write_random_base
+from ranks import run_ranks
 
 TOKENIZER = Path(__file__).parents[2] / "lavin_ds" / "assets" / "tiny" / "llama" / "tokenizer.model"
 GLOBAL_BATCH, STEPS = 8, 20
@@ -52,36 +55,43 @@ class Workplace:
     folder: Path
     recipe: Path
 
-    def arguments(self, name: str, *overrides: str, resume: str = "never") -> TrainArguments:
+    def arguments(self, name: str, *overrides: str, llama: str = "llama", **more) -> TrainArguments:
         return TrainArguments(
             recipe=str(self.recipe),
             data=self.folder / "shards",
-            llama=self.folder / "llama",
+            llama=self.folder / llama,
             clip=self.folder / "vit.safetensors",
             out=self.folder / "runs" / name,
-            resume=resume,
             overrides=overrides,
+            **more,
         )
 
-    def command(self, name: str, ranks: int, *overrides: str, resume: str = "never") -> list[str]:
-        return train_command(ranks, None, free_port(), self.arguments(name, *overrides, resume=resume).words())
+    def command(self, name: str, ranks: int, *overrides: str, **more) -> list[str]:
+        """What `lavin-ds train` starts."""
+        return train_command(ranks, None, free_port(), self.arguments(name, *overrides, **more).words())
 
-    def train(self, name: str, ranks: int, *overrides: str, resume: str = "never") -> Run:
-        """Launches under `deepspeed` and waits; fails the test with what was printed if the launch failed."""
-        done = subprocess.run(
-            self.command(name, ranks, *overrides, resume=resume),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        return Run(self.folder / "runs" / name)
+    def train(
+        self,
+        name: str,
+        ranks: int,
+        *overrides: str,
+        code: int = 0,
+        file_size_limit: int | None = None,
+        keep_values: bool = False,
+        **more,
+    ) -> Run:
+        """Trains and waits; fails the test with what was printed unless rank 0 ended with `code`, and the others too
+        if it is 0."""
+        log = self.folder / f"{name}.log"
+        codes = run_ranks(ranks, self.arguments(name, *overrides, **more), log, file_size_limit, keep_values)
+        assert codes[0] == code and (code or not any(codes)), (codes, log.read_text()[-4000:])
+        return Run(self.folder / "runs" / name, log)
 
 
 @dataclass(frozen=True)
 class Run:
     folder: Path
+    log: Path
 
     @property
     def metrics(self) -> list[dict]:
@@ -90,7 +100,7 @@ class Run:
 
     @property
     def losses(self) -> torch.Tensor:
-        return torch.tensor([m["loss"] for m in self.metrics], dtype=torch.float64)
+        return torch.tensor([math.nan if m["loss"] is None else m["loss"] for m in self.metrics], dtype=torch.float64)
 
     @property
     def adapters(self) -> dict[str, torch.Tensor]:
@@ -100,24 +110,10 @@ class Run:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Workplace:
     folder = tmp_path_factory.mktemp("distributed")
-    torch.manual_seed(0)
-    llm, vision = RECIPE["model"]["llm"], RECIPE["model"]["vision"]
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=llm["vocab_size"],
-            hidden_size=llm["dim"],
-            intermediate_size=llm["ffn_dim"],
-            num_hidden_layers=llm["n_layers"],
-            num_attention_heads=llm["n_heads"],
-            num_key_value_heads=llm["n_heads"],
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(folder / "llama")
-    shape = {key: value for key, value in vision.items() if key != "cls_every"}
-    vit = VisionTransformer(**shape, mlp_ratio=4.0, output_dim=8, act_layer=QuickGELU)
-    save_file({f"visual.{k}": v.contiguous() for k, v in vit.state_dict().items()}, folder / "vit.safetensors")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
-    generate(folder / "source", seed=0, train=GLOBAL_BATCH * STEPS, val=0, test=0)
-    prepare_scienceqa(folder / "source", TOKENIZER, folder / "shards", load_recipe(str(recipe)), splits=["train"])
+    config = load_recipe(str(recipe))
+    write_random_base(config.model, folder)
+    generate(folder / "source", seed=0, train=GLOBAL_BATCH * STEPS, val=14, test=0)
+    prepare_scienceqa(folder / "source", TOKENIZER, folder / "shards", config, splits=["train", "val"])
     return Workplace(folder, recipe)

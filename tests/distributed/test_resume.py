@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on to the numbers of one that was not."""
+"""A run that was stopped, killed or moved goes on to the numbers of one that was not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lavin_ds.training.checkpoint import list_steps, load_newest
 
@@ -39,37 +40,114 @@ def copy_up_to_step_14(reference, target: Path):
     shutil.rmtree(target / "checkpoints" / "step-00000020")
     for name in ("adapter.safetensors", "adapter.safetensors.json", "summary.json"):
         (target / name).unlink()
+    assert list_steps(target / "checkpoints") == [14]
 
 
 def test_resumed_run_ends_bit_identical_with_dropout_on(workplace, uninterrupted):
-    folder = workplace.folder / "runs" / "resumed"
-    copy_up_to_step_14(uninterrupted, folder)
-    assert list_steps(folder / "checkpoints") == [14]
+    copy_up_to_step_14(uninterrupted, workplace.folder / "runs" / "resumed")
     assert_same_run(workplace.train("resumed", 2, *DROPOUT, resume="auto"), uninterrupted)
 
 
-def test_sigterm_saves_and_leaves_no_process_and_the_run_goes_on(workplace, uninterrupted):
-    command = workplace.command("stopped", 2, *DROPOUT, "training.checkpoint_every=1000")
-    metrics = workplace.folder / "runs" / "stopped" / "metrics.jsonl"
+def test_adapters_replicated_over_tensor_parallel_ranks_stay_bit_identical_with_dropout_on(workplace):
+    run = workplace.train("replicas", 2, *DROPOUT, "tensor_parallel=2", keep_values=True)
+    first, second = (load_file(run.folder / f"values-of-rank-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() == run.adapters.keys()
+    for name, value in first.items():
+        assert torch.equal(second[name], value) and torch.equal(run.adapters[name], value), name
+
+
+@pytest.fixture(scope="module")
+def without_dropout(workplace):  # whose numbers belong to a rank
+    return workplace.train("without-dropout", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "words"),
+    [
+        ("on-four-ranks", 4, ("training.micro_batch=1",)),
+        ("on-one-rank", 1, ("deepspeed=zero0",)),
+        ("at-stage-3", 2, ("deepspeed=zero3",)),
+        ("split", 2, ("tensor_parallel=2", "deepspeed=zero1")),
+    ],
+)
+def test_a_run_goes_on_with_other_ranks_and_at_another_zero_stage(workplace, without_dropout, name, ranks, words):
+    copy_up_to_step_14(without_dropout, workplace.folder / "runs" / name)
+    run = workplace.train(name, ranks, *words, resume="auto")
+    torch.testing.assert_close(run.losses, without_dropout.losses, rtol=1e-5, atol=0)
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_checkpoints_before_it(workplace, without_dropout):
+    copy_up_to_step_14(without_dropout, workplace.folder / "runs" / "full")
+    before = checkpoint_files(workplace.folder / "runs" / "full")
+    # The limit stands in for a disk: the write of the 35 kB fails in the kernel, half done.
+    run = workplace.train("full", 2, resume="auto", code=2, file_size_limit=20_000)
+    printed = run.log.read_text()
+    said = printed.split("rank 1")[0]  # which only lost its peer
+    assert said.count("\nerror: ") == 1 and "Traceback" not in said
+    assert "checkpoint of step 20 cannot be written" in said and "--resume auto" in said
+    assert checkpoint_files(run.folder) == before
+
+
+def checkpoint_files(run: Path) -> dict[str, bytes]:
+    folder = run / "checkpoints"
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def start(command: list[str], metrics: Path, steps: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """Starts a launch as `lavin-ds train` does, in a process that gets the signals; returns when it has written down
+    `steps` steps, those of an earlier start included, with all processes below it."""
+    old = metrics.stat().st_ino if metrics.exists() else None  # a start begins with a new file
     script = Path(__file__).with_name("run_launch.py")
-    # As `lavin-ds train` does: run_to_the_end in a process that gets the signal.
-    parent = subprocess.Popen(
-        [command[0], str(script), *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    outer = subprocess.Popen(
+        [command[0], str(script), *command], env=environment, stderr=subprocess.PIPE, start_new_session=True
     )
     deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert parent.poll() is None and time.monotonic() < deadline, "the run did not get going"
+    while not (metrics.exists() and metrics.stat().st_ino != old and len(metrics.read_text().splitlines()) >= steps):
+        assert outer.poll() is None and time.monotonic() < deadline, "the run did not get going"
         time.sleep(0.1)
-    started = psutil.Process(parent.pid).children(recursive=True)
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=120) == 143
-    assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    checkpoints = workplace.folder / "runs" / "stopped" / "checkpoints"
-    assert len(list_steps(checkpoints)) == 1
-    assert b"go on with --resume auto" in parent.stderr.read()
+    return outer, psutil.Process(outer.pid).children(recursive=True)
 
-    resumed = workplace.train("stopped", 2, *DROPOUT, "training.checkpoint_every=1000", resume="auto")
-    assert_same_run(resumed, uninterrupted)
+
+def gone(processes: list[psutil.Process], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+# Long enough not to end before the test does something to it.
+ENDLESS = ("training.epochs=500", "training.checkpoint_every=10")
+
+
+def test_sigterm_saves_and_leaves_no_process_and_the_run_goes_on(workplace, uninterrupted):
+    words = (*DROPOUT, "training.checkpoint_every=1000")
+    run = workplace.folder / "runs" / "stopped"
+    outer, below = start(workplace.command("stopped", 2, *words), run / "metrics.jsonl", 3)
+    outer.send_signal(signal.SIGTERM)
+    assert outer.wait(timeout=120) == 143
+    assert gone(below, 0.2)
+    assert len(list_steps(run / "checkpoints")) == 1
+    assert b"go on with --resume auto" in outer.stderr.read()
+    assert_same_run(workplace.train("stopped", 2, *words, resume="auto"), uninterrupted)
+
+
+def test_killed_launchers_and_ranks_leave_nothing_running(workplace):
+    """One launch after another in the same folder, each killed at another place."""
+    run = workplace.folder / "runs" / "killed"
+    for steps, target in ((3, "outer"), (5, "inner"), (7, "rank")):  # each start goes on from a step it saved
+        words = (*ENDLESS, "training.checkpoint_every=2")
+        outer, below = start(workplace.command("killed", 2, *words, resume="auto"), run / "metrics.jsonl", steps)
+        assert len(below) == 4  # DeepSpeed's runner and launcher, two ranks
+        victim = {"outer": outer, "inner": below[1], "rank": below[-1]}[target]
+        os.kill(victim.pid, signal.SIGKILL)
+        assert gone(below, 10), target
+        outer.wait(timeout=10)
+        if target == "rank":
+            assert outer.returncode != 0
+            assert b"Traceback" not in outer.stderr.read()  # of the rank that lost its peer
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted, tmp_path):
@@ -81,9 +159,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted, t
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     warnings = []
-    assert load_newest(folder, warnings.append).step == 14
+    assert load_newest(folder, warnings.append).at.step == 14
     assert len(warnings) == 1 and "step-00000020" in warnings[0]
     state.write_bytes(content[: len(content) // 2])
     warnings.clear()
-    assert load_newest(folder, warnings.append).step == 14
+    assert load_newest(folder, warnings.append).at.step == 14
     assert "step-00000020" in warnings[0]

@@ -1,0 +1,158 @@
+"""Whether memory grows while a run goes on: the resident set of a real training process, for an hour.
+
+    python benchmarks/soak.py [--minutes 60] [--folder DIR] [--json]
+
+Trains the shipped tiny base on one rank, as `lavin-ds train` does, with validation and a checkpoint every 50 steps, and
+reads the process's resident set every few seconds. After a warm-up (a third of the time) a line is fitted through the
+means of twenty equal stretches; its slope is printed with twice its standard error. Exit code 1 if the slope, less that
+error, is above 2 MiB an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import lavin_ds
+from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.sample import generate
+from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.training.arguments import TrainArguments
+from lavin_ds.training.metrics import read_metrics
+
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
+LIMIT = 2.0  # MiB an hour
+MIB = 2**20
+STRETCHES = 20
+SETTINGS = (
+    "training.epochs=100000",  # more than fits any time given
+    "training.peak_lr=1e-3",
+    "training.checkpoint_every=50",
+    "training.keep_checkpoints=2",
+    "training.validate_every=50",
+    "training.validation_samples=64",
+)
+
+
+def make_data(folder: Path) -> Path:
+    generate(folder / "scienceqa", seed=0, train=640, val=70, test=0)
+    tokenizer = ASSETS / "llama" / "tokenizer.model"
+    prepare_scienceqa(folder / "scienceqa", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train", "val"])
+    return folder / "shards"
+
+
+def soak(folder: Path, seconds: float, every: float) -> dict:
+    arguments = TrainArguments(
+        "tiny", make_data(folder), ASSETS / "llama", ASSETS / "vit.safetensors", folder / "run", overrides=SETTINGS
+    )
+    script = Path(lavin_ds.__file__).parents[1] / "launch" / "train.py"
+    with open(folder / "log.txt", "w") as log:
+        rank = subprocess.Popen([sys.executable, script, *arguments.words()], stderr=log, stdout=log, env=environment())
+    metrics = folder / "run" / "metrics.jsonl"
+    times, sizes = [], []
+    try:
+        while not metrics.exists() or metrics.stat().st_size == 0:
+            alive(rank, folder)
+            time.sleep(0.2)
+        began = time.monotonic()
+        process = psutil.Process(rank.pid)
+        with open(folder / "rss.jsonl", "w", buffering=1) as record:
+            while time.monotonic() - began < seconds:
+                alive(rank, folder)
+                times.append(time.monotonic() - began)
+                sizes.append(process.memory_info().rss)
+                record.write(json.dumps({"seconds": round(times[-1], 2), "rss": sizes[-1]}) + "\n")
+                time.sleep(every)
+        rank.send_signal(signal.SIGTERM)
+        code = rank.wait(timeout=120)
+    finally:
+        rank.kill()
+    steps = read_metrics(metrics)
+    slope, error = fit(np.array(times), np.array(sizes))
+    return {
+        "minutes": seconds / 60,
+        "steps": len(steps),
+        "validations": sum("val_loss" in m for m in steps),
+        "samples_of_memory": len(sizes),
+        "first_mib": sizes[0] / MIB,
+        "after_warmup_mib": sizes[len(sizes) // 3] / MIB,
+        "last_mib": sizes[-1] / MIB,
+        "peak_mib": max(sizes) / MIB,
+        "slope_mib_per_hour": slope,
+        "slope_error_mib_per_hour": error,
+        "limit_mib_per_hour": LIMIT,
+        "grows": slope - error > LIMIT,
+        "exit_code": code,
+    }
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def alive(rank: subprocess.Popen, folder: Path) -> None:
+    if rank.poll() is not None:
+        sys.exit(f"the run ended with code {rank.returncode}:\n{(folder / 'log.txt').read_text()[-3000:]}")
+
+
+def fit(seconds: np.ndarray, bytes: np.ndarray) -> tuple[float, float]:
+    """Slope and twice its standard error, MiB an hour, of a line through the means of equal stretches.
+
+    Neighbouring samples are nearly the same number: taken one by one they would promise a precision that is not there.
+    """
+    settled = seconds > seconds[-1] / 3
+    x = np.array([part.mean() for part in np.array_split(seconds[settled] / 3600, STRETCHES)])
+    y = np.array([part.mean() for part in np.array_split(bytes[settled] / MIB, STRETCHES)])
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), float(2 * covariance[0, 0] ** 0.5)
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 60,
+    every: Annotated[float, typer.Option(help="Seconds between readings.")] = 2,
+    folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measures the growth of a training process's memory."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        result = soak(folder, minutes * 60, every)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            result = soak(Path(temporary), minutes * 60, every)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    raise typer.Exit(int(result["grows"] or result["exit_code"] != 143))
+
+
+def show(result: dict) -> None:
+    table = Table(title=f"{result['minutes']:.0f} minutes of training", title_justify="left", show_header=False)
+    rows = [
+        ("optimizer steps", f"{result['steps']:,}, {result['validations']:,} validations and checkpoints"),
+        ("resident after a third of the time", f"{result['after_warmup_mib']:,.1f} MiB"),
+        ("at the end", f"{result['last_mib']:,.1f} MiB"),
+        ("growth", f"{result['slope_mib_per_hour']:+.2f} +- {result['slope_error_mib_per_hour']:.2f} MiB an hour"),
+        ("verdict", "GROWS" if result["grows"] else f"no growth above {LIMIT} MiB an hour"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,127 @@
+"""Loss and accuracy on samples that are not trained on, while a run goes on; it changes nothing of the run.
+
+The accuracy reads one token a sample: after the true response up to "The answer is", is the right letter the
+likeliest of the question's letters? That costs nothing beside the loss. It is not the score of `lavin-ds eval`, where
+the model writes its response itself, but where a format begins its responses with the answer (QCM-A, QCM-ALE, ...)
+the two differ only for a model that does not yet write "The answer is". Other formats have none: there the true
+response gives the answer away.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lavin_ds.config import RunConfig
+from lavin_ds.data.collate import Batch
+from lavin_ds.data.layout import IGNORE
+from lavin_ds.data.prompts import FORMATS, LETTERS
+from lavin_ds.data.sampler import epoch_order
+from lavin_ds.data.shards import Row, ShardReader
+from lavin_ds.data.tokenizer import Tokenizer
+from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
+from lavin_ds.training.feed import Feed, in_background
+
+MOST_CHOICES = 5  # of a ScienceQA question
+
+
+@dataclass(frozen=True)
+class Scores:
+    """val_loss: nats a labelled token; val_answer_accuracy: see above, None where the format does not allow it."""
+
+    val_loss: float
+    val_answer_accuracy: float | None
+    val_seconds: float
+
+
+class Validation:
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig, reader: ShardReader, device: torch.device):
+        self.engine, self.reader, self.device = engine, reader, device
+        self.feed = Feed(config, reader, device)
+        self.answer = _AnswerToken.of(config, reader)
+        rows = validation_rows(config, reader)
+        rows = rows[np.argsort(self.feed.lengths[rows], kind="stable")]
+        self.parts = np.array_split(rows, math.ceil(len(rows) / config.training.micro_batch))
+
+    def run(self) -> Scores:
+        """The scores, the same on all ranks; every rank must call it."""
+        began = time.perf_counter()
+        ranks, rank = data_parallel_size(), data_parallel_rank()
+        # loss, labels, right answers, questions
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # Under ZeRO-3 all ranks must call the model equally often: those with a part less repeat the first one.
+        mine = range(rank, ranks * math.ceil(len(self.parts) / ranks), ranks)
+        self.engine.eval()
+        with torch.no_grad(), in_background(self.feed.batch(self.parts[i % len(self.parts)]) for i in mine) as batches:
+            for i, batch in zip(mine, batches, strict=True):
+                part = self._score(batch, self.parts[i % len(self.parts)])
+                if i < len(self.parts):
+                    sums += part
+        self.engine.train()
+        sums /= tensor_parallel_size()
+        dist.all_reduce(sums)
+        loss, labels, right, questions = sums.tolist()
+        accuracy = right / questions if questions else None
+        return Scores(loss / labels, accuracy, time.perf_counter() - began)
+
+    def _score(self, batch: Batch, rows: np.ndarray) -> torch.Tensor:
+        if self.answer is None:
+            loss_sum, labels = self.engine(batch.to(self.device))
+            right = questions = 0
+        else:
+            letter_B = self.answer.position(batch)
+            loss_sum, labels, logits_BV = self.engine(batch.to(self.device), letter_B.to(self.device))
+            right, questions = self.answer.count(
+                batch, letter_B, logits_BV.cpu(), [self.reader.row(int(i)) for i in rows]
+            )
+        return torch.stack([loss_sum.double(), *loss_sum.new_tensor([labels, right, questions], dtype=torch.float64)])
+
+
+def validation_rows(config: RunConfig, reader: ShardReader) -> np.ndarray:
+    """The samples of a run's validation: the same in every run on these shards."""
+    order = epoch_order(len(reader.trainable), seed=0, epoch=0)
+    return reader.trainable[order[: config.training.validation_samples]]
+
+
+@dataclass(frozen=True)
+class _AnswerToken:
+    """Where in a response the letter stands, and the ids of the letters."""
+
+    offset: int  # tokens of the response before it
+    letters: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, reader: ShardReader) -> _AnswerToken | None:
+        """None for responses that do not begin with an answer, or a tokenizer that spells letters in pieces."""
+        format = config.data.prompt_format
+        if format not in FORMATS or not format.split("-")[1].startswith("A"):
+            return None
+        tokenizer = Tokenizer(reader.directory / reader.manifest.tokenizer.file)
+        spelled = tokenizer.encode_continuation_batch(
+            [f" The answer is {letter}." for letter in LETTERS[:MOST_CHOICES]]
+        )
+        offset = next((i for i, ids in enumerate(zip(*spelled, strict=False)) if len(set(ids)) > 1), None)
+        letters = tuple(ids[offset] for ids in spelled) if offset is not None else ()
+        return cls(offset, letters) if len(set(letters)) == MOST_CHOICES else None
+
+    def position(self, batch: Batch) -> torch.Tensor:
+        """Index among all B * T of ids_BT of every sample's letter; [B]."""
+        is_label_N = batch.labels_BT.flatten() != IGNORE
+        first_B = [int(is_label_N[start:].int().argmax()) + start for start in batch.first_B().tolist()]
+        last = is_label_N.numel() - 1
+        return torch.tensor([min(i + self.offset, last) for i in first_B], device=is_label_N.device)
+
+    def count(self, batch: Batch, letter_B: torch.Tensor, logits_BV: torch.Tensor, rows: list[Row]) -> tuple[int, int]:
+        """Right answers and questions; a response that was cut before its letter is no question."""
+        right = questions = 0
+        for row, token, logits_V in zip(rows, batch.ids_BT.flatten()[letter_B].tolist(), logits_BV, strict=True):
+            if 0 < row.n_choices <= MOST_CHOICES and token == self.letters[row.answer]:
+                questions += 1
+                right += int(logits_V[list(self.letters[: row.n_choices])].argmax()) == row.answer
+        return right, questions

@@ -1,0 +1,60 @@
+"""Real ranks without the price of starting them: forked from a process that has imported everything once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+SECONDS = 200
+_SERVER = multiprocessing.get_context("forkserver")
+# The last one is DeepSpeed's: its ZeRO engines import it, and with it torch's compiler, for three seconds a rank.
+_SERVER.set_forkserver_preload(
+    ["lavin_ds.training.job", "matplotlib.backends.backend_agg", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
+
+
+def run_ranks(world: int, arguments, log: Path, file_size_limit: int | None = None, keep_values: bool = False):
+    """Trains on `world` gloo ranks as launch/train.py does; returns their exit codes. They print to `log`.
+
+    file_size_limit: bytes after which writing a file fails, as on a full disk. keep_values: every rank writes the
+    adapters that it holds at the end to OUT/values-of-rank-N.safetensors.
+    """
+    from lavin_ds.training.launcher import free_port
+
+    given = (world, free_port(), arguments, log, file_size_limit, keep_values)
+    ranks = [_SERVER.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(SECONDS)
+        if rank.exitcode is None:
+            rank.kill()
+            rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def _rank(rank: int, world: int, port: int, arguments, log: Path, file_size_limit, keep_values) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from lavin_ds.training import checkpoint
+    from lavin_ds.training.rank import end, run
+
+    if file_size_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    if keep_values:
+        gather = checkpoint.gather_values
+
+        def gather_and_keep(*args):
+            values = gather(*args)
+            save_file(values, arguments.out / f"values-of-rank-{rank}.safetensors")
+            return values
+
+        checkpoint.gather_values = gather_and_keep
+    end(run(arguments))

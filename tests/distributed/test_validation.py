@@ -1,0 +1,106 @@
+"""Validation while a run goes on: right, the same on any ranks, and without a trace in what is learnt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lavin_ds.config import load_recipe
+from lavin_ds.data.collate import collate, prompt_batch
+from lavin_ds.data.prompts import LETTERS
+from lavin_ds.data.shards import ShardReader
+from lavin_ds.data.tokenizer import Tokenizer
+from lavin_ds.parallel import initialize_single_process
+from lavin_ds.training.checkpoint import best_step, list_steps
+from lavin_ds.training.validation import validation_rows
+from lavin_ds.weights.base import build_model
+
+pytestmark = pytest.mark.slow
+
+DROPOUT = ("model.llm_adapter.dropout=0.2", "model.vision_adapter.dropout=0.2")
+EVERY = ("training.validate_every=6", "training.validation_samples=9")
+
+
+@pytest.fixture(scope="module")
+def validated(workplace):
+    return workplace.train("validated", 2, *DROPOUT, *EVERY, "training.keep_checkpoints=1")
+
+
+def scores(run) -> list[tuple[int, float, float]]:
+    return [(m["step"], m["val_loss"], m["val_answer_accuracy"]) for m in run.metrics if "val_loss" in m]
+
+
+def test_it_changes_nothing_of_the_training(workplace, validated):
+    plain = workplace.train("plain", 2, *DROPOUT)
+    assert [m["loss"] for m in plain.metrics] == [m["loss"] for m in validated.metrics]
+    assert all(torch.equal(validated.adapters[name], value) for name, value in plain.adapters.items())
+    assert [step for step, *_ in scores(validated)] == [6, 12, 18, 20]
+
+
+def test_loss_and_accuracy_are_those_of_a_model_asked_one_sample_at_a_time(workplace, validated):
+    """The loss by hand from the samples; the accuracy by decoding from the prompt, "The answer is" and no more."""
+    initialize_single_process()
+    config = load_recipe(str(workplace.recipe))
+    inputs = workplace.arguments("validated")
+    model = build_model(config, inputs.llama, inputs.clip, validated.folder / "adapter.safetensors")
+    reader = ShardReader(inputs.data, "val")
+    tokenizer = Tokenizer(inputs.data / "tokenizer.model")
+    told = tokenizer.encode_continuation_batch([" The answer is A.", " The answer is B."])
+    lead = next(i for i, (a, b) in enumerate(zip(*told, strict=True)) if a != b)
+    letters = [ids[lead] for ids in tokenizer.encode_continuation_batch([f" The answer is {k}." for k in LETTERS[:5]])]
+    losses, labels, right = {}, {}, {}
+    with torch.no_grad():
+        for index in range(len(reader)):
+            row = reader.row(index)
+            pictures = (reader.image, reader.frame, config.model.visual_tokens)
+            loss_sum, labels[index] = model(collate([row], *pictures))
+            losses[index] = float(loss_sum)
+            start = int(row.label_spans[0][0])
+            prompt = type(row)(**vars(row) | {"prompt_ids": row.token_ids[: start + lead]})
+            logits_BV, *_ = model.prefill(prompt_batch([prompt], *pictures), 1)
+            right[index] = int(logits_BV[0, letters[: row.n_choices]].argmax()) == row.answer
+    _, val_loss, accuracy = scores(validated)[-1]
+    chosen = [int(i) for i in validation_rows(load_recipe(str(workplace.recipe), list(EVERY)), reader)]
+    assert len(set(chosen)) == 9
+    assert val_loss == pytest.approx(sum(losses[i] for i in chosen) / sum(labels[i] for i in chosen), rel=1e-5)
+    assert accuracy == pytest.approx(sum(right[i] for i in chosen) / 9)
+    assert 0 < accuracy < 1  # or the comparison would say little
+
+
+@pytest.fixture(scope="module")
+def alone(workplace):
+    return workplace.train("validated-alone", 1, *EVERY)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [(1, ("training.packing=true",)), (2, ("tensor_parallel=2",)), (2, ("training.micro_batch=1", "deepspeed=zero3"))],
+)
+def test_it_is_the_same_on_other_ranks(workplace, alone, ranks, words):
+    run = workplace.train(f"validated-{ranks}-{words[0]}", ranks, *EVERY, *words)
+    for (step, loss, accuracy), wanted in zip(scores(run), scores(alone), strict=True):
+        assert (step, accuracy) == (wanted[0], wanted[2])
+        assert loss == pytest.approx(wanted[1], rel=2e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_its_adapters_are_exported(workplace, validated):
+    folder = validated.folder / "checkpoints"
+    step, loss, _ = min(scores(validated), key=lambda s: s[1])
+    assert best_step(folder) == step
+    assert set(list_steps(folder)) == {step, 20}
+    state = load_file(folder / f"step-{step:08d}" / "state.safetensors")
+    best = load_file(validated.folder / "adapter-best.safetensors")
+    assert all(torch.equal(state[f"value/{name}"], value) for name, value in best.items())
+    assert f"{loss:.4f}" in validated.log.read_text()
+
+
+def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
+    adapter = validated.folder / "adapter.safetensors"
+    words = ("training.peak_lr=1e-12", *EVERY)
+    run = workplace.train("goes-on", 1, *words, init_adapter=adapter)
+    # At such a rate nothing moves: it validates as the run it starts from ended.
+    assert scores(run)[0][1] == pytest.approx(scores(validated)[-1][1], rel=1e-5)
+    refused = workplace.train("refused", 1, "model.llm_adapter.dim=16", init_adapter=adapter, code=2)
+    assert "model.llm_adapter.dim is 8 in the adapter and 16 in the recipe" in refused.log.read_text()
+    assert not refused.folder.exists()

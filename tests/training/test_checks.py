@@ -1,0 +1,140 @@
+"""The checks before a run: every problem at once, each a sentence that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lavin_ds
+from lavin_ds.cli.main import app
+from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.sample import generate
+from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.errors import UserError
+from lavin_ds.run import check_free, hold
+from lavin_ds.training.deepspeed_config import check_deepspeed_config
+from lavin_ds.training.preflight import hostfile_ranks
+
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    generate(folder / "source", train=28, val=0, test=0)
+    tokenizer = ASSETS / "llama" / "tokenizer.model"
+    prepare_scienceqa(folder / "source", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train"])
+    return folder / "shards"
+
+
+@pytest.fixture
+def validate(shards, tmp_path):
+    def run(*words: str, **changes):
+        options = {"recipe": "tiny", "data": shards, "llama": ASSETS / "llama", "clip": ASSETS / "vit.safetensors"}
+        options |= {"out": tmp_path / "run"} | changes
+        given = [str(w) for name, value in options.items() for w in (f"--{name.replace('_', '-')}", value)]
+        return CliRunner().invoke(app, ["validate", *given, *words])
+
+    return run
+
+
+def test_validate_lists_what_it_found_and_makes_nothing(validate, tmp_path):
+    done = validate("--ranks", "2", "--json")
+    assert done.exit_code == 0, done.output
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert all(check["passed"] for check in checks.values())
+    assert {"recipe", "ranks", "DeepSpeed", "data", "LLaMA", "vision", "disk space", "memory"} <= checks.keys()
+    assert "28 samples" in checks["data"]["found"] and "2 data parallel" in checks["ranks"]["found"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_tells_every_problem_at_once_and_exits_with_2(validate):
+    done = validate(
+        "--ranks", "3", "tensor_parallel=2", "deepspeed=zero9", "training.validate_every=5", llama="nowhere"
+    )
+    assert done.exit_code == 2
+    said = " ".join(done.stdout.split())
+    for words in ("4 of", "zero9", "nowhere", "split", "tensor_parallel 2", "WRONG"):
+        assert words in said, words
+
+
+def test_train_refuses_with_all_of_them(shards, tmp_path, monkeypatch, capsys):
+    from lavin_ds.cli import main
+
+    words = [
+        "--recipe",
+        "tiny",
+        "--data",
+        shards,
+        "--llama",
+        "nowhere",
+        "--clip",
+        "nothing.pt",
+        "--out",
+        tmp_path / "r",
+    ]
+    monkeypatch.setattr(sys, "argv", ["lavin-ds", "train", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main.run()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: 2 things are wrong:") and "nowhere" in said
+    assert "nothing.pt" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimization": {"stage": 4}}, "stage 4"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"comet": {"enabled": True}}, "comet"),
+        ({"train_batch_size": 8}, "the recipe decides"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_work_is_refused(tmp_path, config, said):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        check_deepspeed_config(str(file))
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero2-offload", "zero3"])
+def test_every_shipped_deepspeed_file_passes(name):
+    assert "ZeRO stage" in check_deepspeed_config(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_a_monitor_without_its_package_says_how_to_install_it(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"tensorboard": {"enabled": True}}))
+    with pytest.raises(UserError, match=r"pip install 'lavin_ds\[metrics\]'"):
+        check_deepspeed_config(str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "names no host"), ("node-1 slots=8\nnode-2\n", "line 2"), ("node-1 slots=x", "line 1")]
+)
+def test_a_bad_hostfile_is_told_by_its_line(tmp_path, text, said):
+    (tmp_path / "hostfile").write_text(text)
+    with pytest.raises(UserError, match=said):
+        hostfile_ranks(tmp_path / "hostfile")
+
+
+def test_the_slots_of_a_hostfile_are_its_ranks(tmp_path):
+    (tmp_path / "hostfile").write_text("# two nodes\nnode-1 slots=8\n\nnode-2 slots=4  # older\n")
+    assert hostfile_ranks(tmp_path / "hostfile") == 12
+
+
+def test_a_run_directory_is_held_by_one_process(tmp_path):
+    check_free(tmp_path / "run")
+    with hold(tmp_path / "run", pytest.fail):
+        with pytest.raises(UserError, match=r"A run is going on in .* \(process \d+ on "):
+            check_free(tmp_path / "run")
+        with pytest.raises(UserError, match="going on"), hold(tmp_path / "run", pytest.fail):
+            pass
+    check_free(tmp_path / "run")
