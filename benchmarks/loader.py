@@ -231,9 +231,10 @@ def _table(cut: list[dict], title: str) -> Table:
         "count: tokens that count per token computed; wait: slowest rank to mean; busy: tokens that count per token "
         "of all ranks' time; largest: tokens of a micro-batch"
     )
+    title += f"; micro-batches of {MICRO_BATCH} of a global batch of {GLOBAL_BATCH}"
     table = Table(title=title, caption=caption)
-    for column in ("ranks", "micro-batches of 4 of a global batch of 32", "count", "wait", "busy", "largest"):
-        table.add_column(column, justify="left" if column.startswith("micro") else "right")
+    for column in ("ranks", "micro-batches", "count", "wait", "busy", "largest"):
+        table.add_column(column, justify="left" if column == "micro-batches" else "right", no_wrap=True)
     for one in cut:
         table.add_row(
             str(one["ranks"]),

@@ -72,6 +72,10 @@ class Captions:
     kind = "captions"
 
     @property
+    def where(self) -> str:
+        return str(self.annotations)
+
+    @property
     def root(self) -> Path:
         return self.images
 

@@ -99,6 +99,10 @@ class Instruct:
     kind = "instruct"
 
     @property
+    def where(self) -> str:
+        return ", ".join(str(path) for _, path in self.files)
+
+    @property
     def root(self) -> Path:
         return self.images or self.files[0][1].parent
 

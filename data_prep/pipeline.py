@@ -15,7 +15,8 @@ import json
 import re
 import shutil
 import time
-from collections import Counter
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,8 +147,8 @@ class _Run:
     splits: dict[str, SplitEntry] = field(default_factory=dict)
     lengths: dict[str, Counter] = field(default_factory=dict)  # by split: ids as laid out -> rows
     _images: list[tuple[str, str]] = field(default_factory=list)  # SHA-256 and path of the distinct ones
-    _image_of: dict[str, list[int]] = field(default_factory=dict)  # by split and record: a place in _images, or -1
-    _image_rows: list[int] = field(default_factory=list)  # by place in _images: a row of the image table
+    _image_of: dict[str, array] = field(default_factory=dict)  # by split and record: a place in _images, or -1
+    _image_rows: array = field(default_factory=lambda: array("i"))  # by place in _images: a row of the image table
     _offenders: list[tuple[int, int, Offender]] = field(default_factory=list)  # with numbers of split and record
     _too_long: list[tuple[int, int, Offender]] = field(default_factory=list)  # not trained on, no fault of theirs
 
@@ -159,14 +160,14 @@ class _Run:
         ]
         tasks = [Task(f"check {split} {start}", "check", (part,), len(part)) for split, start, part in ranges]
         places: dict[str, int] = {}
-        self._image_of = {split: [] for split in self.listing.splits}
+        self._image_of = {split: array("i") for split in self.listing.splits}
         for (split, start, _), result in zip(ranges, self._do("check", tasks), strict=True):
             for digest, path in result["images"]:
                 if digest not in places:
                     places[digest] = len(self._images)
                     self._images.append((digest, path))
             own = [places[digest] for digest, _ in result["images"]]
-            self._image_of[split] += [own[place] if place >= 0 else -1 for place in result["records"]]
+            self._image_of[split].extend(own[place] if place >= 0 else -1 for place in result["records"])
             for i, key, reason in result["faults"]:
                 self._offend(split, start + i, key, reason)
 
@@ -196,8 +197,8 @@ class _Run:
             bad = self._bad_records(split)
             places = self._image_of[split]
             for file, (start, part) in enumerate(_parts(listed, RECORDS_PER_FILE)):
-                good = [number for number in range(start, start + len(part)) if number not in bad]
-                rows = [self._image_rows[places[number]] if places[number] >= 0 else -1 for number in good]
+                good = array("i", (number for number in range(start, start + len(part)) if number not in bad))
+                rows = array("i", (self._image_rows[places[number]] if places[number] >= 0 else -1 for number in good))
                 name = f"{split}-{file:05d}.arrow"
                 tasks.append(Task(name, "write_rows", (name, [listed[number] for number in good], rows), len(part)))
                 ranges.append((split, good))
@@ -216,27 +217,27 @@ class _Run:
             raise _BadData(self._offence())
         for split, entry in self.splits.items():
             if not entry.rows:
-                raise _BadData(f"No record of split '{split}' of {self.job.source.root} is left: {self._offence()}")
+                raise _BadData(f"No record of split '{split}' of {self.job.source.where} is left: {self._offence()}")
 
     def rejects(self) -> list[Offender]:
         """Everything left out or not trained on, in the order of the records."""
         return _in_order(self._offenders + self._too_long)
 
-    def _do(self, stage: str, tasks: list[Task]) -> list[dict]:
-        """The results of all tasks, in their order; those that an earlier run finished are not done again."""
-        done, total = 0, sum(task.size for task in tasks)
-        todo = []
-        for task in tasks:
-            if task.name in self.workspace.done:
-                done += task.size
-            else:
-                todo.append(task)
+    def _do(self, stage: str, tasks: list[Task]) -> Iterator[dict]:
+        """Does what no earlier run finished, and yields the results of all tasks in their order, keeping none."""
+        results = self.workspace.done
+        done, total = sum(task.size for task in tasks if task.name in results), sum(task.size for task in tasks)
+        todo = [task for task in tasks if task.name not in results]
+        names = deque(task.name for task in tasks)
         self.on_progress(stage, done, total)
         for task, result in self.pool.run(todo):
             self.workspace.record(task.name, result)
             done += task.size
             self.on_progress(stage, done, total)
-        return [self.workspace.done[task.name] for task in tasks]
+            while names and names[0] in results:
+                yield results.pop(names.popleft())
+        while names:
+            yield results.pop(names.popleft())
 
     def _offend(self, split: str, number: int, key: str, reason: str, id: str | None = None, where=None) -> None:
         id = id or self.listing.splits[split][number].id
@@ -277,7 +278,7 @@ class _Run:
         remedy = "Mend them or leave them out with --on-error skip"
         if any(offender.key == "length" for offender in offenders):
             remedy += ", and for their length raise data.max_length or set data.overlength to shorten or drop"
-        return f"{len(offenders)} bad records in {self.job.source.root}: {shown}{more}. {remedy}."
+        return f"{len(offenders)} bad records in {self.job.source.where}: {shown}{more}. {remedy}."
 
 
 def _check_names(listing: Listing) -> None:

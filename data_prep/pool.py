@@ -17,7 +17,10 @@ from multiprocessing.connection import Connection, wait
 from lavin_ds.data_prep.worker import Job, Task, Worker
 from lavin_ds.errors import UserError
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "PYTHONSAFEPATH": "1",  # a random.py where the command was typed is not ours
+}
 
 
 class Pool:
@@ -69,7 +72,7 @@ class Pool:
         call = f"from lavin_ds.data_prep.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
         process = subprocess.Popen(
             [sys.executable, "-c", call],
-            env=os.environ | ONE_THREAD,
+            env=os.environ | ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # the parent's may be JSON
             pass_fds=[theirs.fileno()],

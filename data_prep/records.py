@@ -90,6 +90,10 @@ class Source(Protocol):
     kind: str  # as in the manifest
 
     @property
+    def where(self) -> str:
+        """The files that list the records, for people."""
+
+    @property
     def root(self) -> Path:
         """The folder that paths of images start from."""
 

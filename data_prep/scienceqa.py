@@ -75,6 +75,10 @@ class ScienceQA:
     kind = "scienceqa"
 
     @property
+    def where(self) -> str:
+        return str(self.data)
+
+    @property
     def root(self) -> Path:
         return self.data
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -110,7 +110,7 @@ class Worker:
         entry = write_shard(self.job.shards / name, IMAGE_SCHEMA, self._image_rows(images, faults), IMAGE_BATCH)
         return {"file": _dumped(entry), "faults": faults}
 
-    def write_rows(self, name: str, listed: list[Listed], image_rows: list[int]) -> dict:
+    def write_rows(self, name: str, listed: list[Listed], image_rows: Sequence[int]) -> dict:
         """Tokenises records, whose images are in those rows of the image table; returns the `file` and a Tally."""
         tally = Tally()
         rows = self._sample_rows(listed, image_rows, tally)
@@ -140,7 +140,7 @@ class Worker:
             pixels = pictures.resize(picture, self.job.image_size, self.job.image_resize)
             yield {"id": digest, "source": path, "pixels": pixels.tobytes()}
 
-    def _sample_rows(self, listed: list[Listed], image_rows: list[int], tally: Tally) -> Iterator[dict]:
+    def _sample_rows(self, listed: list[Listed], image_rows: Sequence[int], tally: Tally) -> Iterator[dict]:
         settings, frame = self.job.settings, self.frame
         for start in range(0, len(listed), CHUNK):
             found: list[tuple[int, Record, Text]] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from lavin_ds.errors import UserError
 
@@ -20,6 +20,7 @@ AdapterKind = Literal[
     "none", "mm", "rep", "bottleneck", "bottleneck_weighted", "concat", "loha", "loha_mm", "loha_silu", "lora"
 ]
 Dtype = Literal["fp32", "bf16", "fp16"]
+Checkpointing = bool | Literal["vision"] | PositiveInt
 Positive = Field(gt=0)
 
 
@@ -181,7 +182,9 @@ class TrainingConfig(Section):
     eps: float = Field(1e-8, gt=0)
     grad_clip: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
-    activation_checkpointing: bool = False
+    # What is recomputed in backward rather than kept. Not false: every ViT block, which saves most for its time; and
+    # true: every LLaMA layer, or a number of them, from the first on.
+    activation_checkpointing: Checkpointing = False
     checkpoint_every: int = Field(200, gt=0)  # optimizer steps
     keep_checkpoints: int = Field(2, gt=0)  # the newest; with validation the best one is kept too
     validate_every: int = Field(0, ge=0)  # optimizer steps; 0: never
@@ -210,11 +213,24 @@ class RunConfig(Section):
         ]:
             if size % tp:
                 raise ValueError(f"model.llm.{name} {size} cannot be split over tensor_parallel {tp}")
+        recomputed = self.training.activation_checkpointing
+        if type(recomputed) is int and recomputed > llm.n_layers:
+            raise ValueError(
+                f"training.activation_checkpointing {recomputed} is more layers than the {llm.n_layers} of model.llm: "
+                "true means all of them"
+            )
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
                 f"training.warmup_epochs {self.training.warmup_epochs} must be below epochs {self.training.epochs}"
             )
         return self
+
+
+def recomputed_layers(checkpointing: Checkpointing, n_layers: int) -> int:
+    """How many of the LLaMA layers are recomputed in backward; the ViT is whenever `checkpointing` is not False."""
+    if isinstance(checkpointing, bool):
+        return n_layers if checkpointing else 0
+    return 0 if checkpointing == "vision" else checkpointing
 
 
 def recipe_names() -> list[str]:

@@ -202,7 +202,8 @@ def _table(report: PrepReport) -> Table:
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in splits.values())]
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
     caption = "median, max: tokens of a sample laid out for training"
-    table = Table(title=f"{report.out}: {size}", caption=caption, box=box.SIMPLE)  # no grid: ten columns in 80
+    title = f"{report.out}: {size}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))  # ten columns in 80
     columns = {name: {"rows": s.rows, "images": s.images} for name, s in splits.items()}
     if any(s.records != sum(s.lengths.model_dump().values()) + s.rejected for s in splits.values()):
         columns = {name: {"records": splits[name].records, **column} for name, column in columns.items()}
@@ -222,7 +223,7 @@ def _table(report: PrepReport) -> Table:
 def _remark(report: PrepReport) -> None:
     """Says what the counts of long and bad samples mean, where there are any."""
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt
-    limit, lost = prompt.max_length, "last turns" if prompt.format == CONVERSATION else "context"
+    limit, lost = prompt.max_length, "context or last turns" if prompt.format == CONVERSATION else "context"
     remarks = {
         "shortened": f"had their {lost} cut to fit data.max_length {limit}",
         "cut": f"lost tokens at the end to fit data.max_length {limit}",

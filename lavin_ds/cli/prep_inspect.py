@@ -58,10 +58,18 @@ def inspect_shards(
     _show_manifest(report, out)
     out.print(_splits_table(report))
     _show_histogram(report, shown.split, out)
+    out.print(
+        Text.assemble(
+            ("\ntokens that count per token computed", "bold"),
+            f", global batch {report.global_batch}, micro-batches of {report.micro_batch}",
+        )
+    )
     out.print(_padding_table(report))
     _show_sample(shown, out)
     for clause in disagreements:
-        console.err.print(f"disagrees with {recipe}: {clause}", style="red", highlight=False, soft_wrap=True)
+        console.err.print(
+            f"disagrees with {recipe}: {clause}", style="red", highlight=False, soft_wrap=not console.err.is_terminal
+        )
     if png:
         console.err.print(f"wrote {png}", highlight=False)
 
@@ -88,12 +96,14 @@ def _show_manifest(report: Report, out: Console) -> None:
 
 
 def _splits_table(report: Report) -> Table:
-    """A row a split; outcomes of the length limit that no sample had are left out."""
+    """A row a split, 80 columns at most; what the length limit made of samples that are not whole, if it did."""
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
-    table = Table(box=box.SIMPLE, caption="median, mean, max: positions of a sample laid out for training")
+    outcomes = [outcome for outcome in outcomes if outcome != "whole"]
+    caption = "median, mean, max: positions of a sample laid out for training"
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("split", no_wrap=True)
     for heading in ("rows", "text", "image", "median", "mean", "max", "labels", *outcomes):
-        table.add_column(heading.replace("evaluation_", "eval "), justify="right")
+        table.add_column(heading.replace("evaluation_", "eval-"), justify="right", no_wrap=True)
     for name, split in report.splits.items():
         counts = (split.rows, split.rows_text, split.rows_image, split.median, round(split.mean), split.longest)
         left = [getattr(split.lengths, outcome) for outcome in outcomes]
@@ -117,12 +127,7 @@ def _show_histogram(report: Report, split: str, out: Console) -> None:
 
 def _padding_table(report: Report) -> Table:
     limit = report.manifest.prompt.max_length
-    table = Table(
-        box=box.SIMPLE,
-        title=f"tokens that count per token computed, global batch {report.global_batch}, "
-        f"micro-batches of {report.micro_batch}",
-        caption="slowest rank: its work over the mean rank's; all wait for it",
-    )
+    table = Table(box=box.SIMPLE, caption="slowest rank: its work over the mean rank's; all wait for it")
     for heading in ("ranks", f"padded to {limit}", "as training will", "slowest rank", "packed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in report.padding:
@@ -132,6 +137,7 @@ def _padding_table(report: Report) -> Table:
 
 
 def _show_sample(shown: SampleView, out: Console) -> None:
+    out.print()
     out.print(
         Text.assemble(("sample ", "bold"), (shown.id, "bold"), f" of {shown.split}: {len(shown.tokens)} positions")
     )

@@ -25,7 +25,7 @@ Instructions: `single-turn` makes a sample of every turn of a conversation, each
 train them (reference, section 2); `conversation` one sample of all its turns. The wording of a turn is theirs.
 
 `caption`: no paper states a prompt for captioning. This is the authors' wording of an instruction, with one of the
-eleven instructions of LLaVA's pre-training set ("Visual Instruction Tuning", table 11).
+instructions for brief descriptions of LLaVA's pre-training set ("Visual Instruction Tuning", appendix).
 """
 
 from __future__ import annotations

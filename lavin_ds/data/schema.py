@@ -190,9 +190,15 @@ def load_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"{path}: {key}: {problem['msg']}: {remedy}.") from None
 
 
-def manifest_sha256(directory: str | Path) -> str:
-    """Hash of the manifest file, and through its checksums of all data; a run directory records it."""
-    return hashlib.sha256((Path(directory) / MANIFEST_NAME).read_bytes()).hexdigest()
+def manifest_sha256(directory: str | Path, vision_source: str) -> str:
+    """Hash of what the manifest says, and through its checksums of all data; a run directory records it.
+
+    Cached features count for a recipe that reads them alone: adding them does not make other data of the rest.
+    """
+    raw = json.loads((Path(directory) / MANIFEST_NAME).read_bytes())
+    if vision_source != "cached":
+        raw.pop("features", None)
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | None = None) -> list[str]:

@@ -210,7 +210,7 @@ def _report(job: Job, result: Result, seconds: float, device: str) -> dict:
         },
         "data": {
             "directory": _absolute(subject.data),
-            "manifest_sha256": manifest_sha256(subject.data),
+            "manifest_sha256": manifest_sha256(subject.data, subject.config.model.vision_source),
             "split": arguments.split,
             "rows": len(job.reader),
         },

@@ -11,7 +11,7 @@ import zlib
 import torch
 from torch import nn
 
-from lavin_ds.config import ModelConfig
+from lavin_ds.config import Checkpointing, ModelConfig, recomputed_layers
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.models.adapters import KINDS, TRAINABLE, ModalityEmbedding, VisualNeck, trainable_parameters
@@ -28,7 +28,8 @@ class Lavin(nn.Module):
     of values until `reset_trainable` or a load.
     """
 
-    def __init__(self, config: ModelConfig, compat: bool = False, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, compat: bool = False, activation_checkpointing: Checkpointing = False):
+        """activation_checkpointing: see TrainingConfig."""
         super().__init__()
         self.config = config
         self.compat = compat
@@ -38,10 +39,11 @@ class Lavin(nn.Module):
         self.shifted_decoding = compat
         dtype = DTYPES[config.frozen_dtype]
         llm, vision = config.llm, config.vision
-        self.llm = Llama(llm, config.llm_adapter, dtype, activation_checkpointing)
+        recompute_vision = activation_checkpointing is not False
+        self.llm = Llama(llm, config.llm_adapter, dtype, recomputed_layers(activation_checkpointing, llm.n_layers))
         self.vision = self.neck = self.modality = None
         if config.has_vit:
-            self.vision = VisionTower(vision, config.vision_adapter, dtype, activation_checkpointing, compat)
+            self.vision = VisionTower(vision, config.vision_adapter, dtype, recompute_vision, compat)
         if vision:
             self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
         if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].routed:

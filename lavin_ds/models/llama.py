@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
 from lavin_ds.models.adapters import build_adapters
+from lavin_ds.models.lean import rms_norm, swiglu
 from lavin_ds.parallel import tensor_parallel_size
 
 LOSS_CHUNK = 1024  # labelled rows whose logits exist at a time: 1024 * 32000 * 4 bytes = 131 MB
@@ -75,8 +76,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +201,7 @@ class FeedForward(nn.Module):
         self.w3 = _column(config.dim, config.ffn_dim)
 
     def forward(self, x_ND):
-        return self.w2(F.silu(self.w1(x_ND)) * self.w3(x_ND))
+        return self.w2(swiglu(self.w1(x_ND), self.w3(x_ND)))
 
 
 class Block(nn.Module):
@@ -237,11 +237,12 @@ class Llama(nn.Module):
         config: LlamaConfig,
         adapter: AdapterConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = False,
+        recomputed_layers: int = 0,
     ):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        # The first ones: they are recomputed last, when what the others kept is already released.
+        self.recomputed_layers = recomputed_layers
         with default_dtype(dtype):
             self.tok_embeddings = VocabParallelEmbedding(
                 config.vocab_size, config.dim, init_method=_leave_uninitialised
@@ -288,7 +289,7 @@ class Llama(nn.Module):
             owner_N = torch.cat([itself_M, modality_B.repeat_interleave(length_B, output_size=B * T)])
         rows = Rows(M, B, T, packed, owner_N)
         for index, block in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if index < self.recomputed_layers and torch.is_grad_enabled():
                 x_ND = checkpoint(block, x_ND, rows, rotary, use_reentrant=False)
             else:
                 x_ND = block(x_ND, rows, rotary, cache, index)

@@ -6,7 +6,7 @@ Dimensions: B images, S = 1 + patches tokens of an image, W vision width, N = B*
 from __future__ import annotations
 
 import torch
-from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
+from open_clip.transformer import LayerNorm, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as OpenClipVision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
 from lavin_ds.models.adapters import build_adapters
+from lavin_ds.models.lean import QuickGELU
 from lavin_ds.models.llama import default_dtype
 
 

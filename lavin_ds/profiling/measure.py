@@ -43,9 +43,14 @@ MALLOC_THAT_KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 def measure_allocated(config: RunConfig, workload: Workload) -> int:
     """Bytes that torch's allocator holds at most during three steps of a new engine, from an empty process on."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine, batch = _build(config, workload)
+        engine, batch = build(config, workload)
         for _ in range(3):
-            _step(engine, batch)
+            step(engine, batch)
+    return highest_allocation(profiler)
+
+
+def highest_allocation(profiler: profile) -> int:
+    """Bytes that torch's CPU allocator held at most above its start, from a profile with profile_memory."""
     held = highest = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -56,20 +61,20 @@ def measure_allocated(config: RunConfig, workload: Workload) -> int:
 
 def measure_resident(config: RunConfig, workload: Workload) -> int:
     """Bytes that the process's pages grow by during the third step of a new engine; needs MALLOC_THAT_RETURNS."""
-    _step(*_build(load_recipe("tiny"), Workload(1, 64)))  # libraries' code and their own tables come into memory
+    step(*build(load_recipe("tiny"), Workload(1, 64)))  # libraries' code and their own tables come into memory
     before = _status("VmRSS")
-    engine, batch = _build(config, workload)
+    engine, batch = build(config, workload)
     for _ in range(2):
-        _step(engine, batch)
+        step(engine, batch)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here (proc(5))
-    _step(engine, batch)
+    step(engine, batch)
     return _status("VmHWM") - before
 
 
 def measure_seconds(config: RunConfig, workload: Workload, steps: int = 3) -> dict[str, float]:
     """Medians by phase (forward, backward, update) of `steps` optimizer steps of one micro-batch, behind two others."""
-    engine, batch = _build(config, workload)
-    timings = [_step(engine, batch) for _ in range(2 + steps)][2:]
+    engine, batch = build(config, workload)
+    timings = [step(engine, batch) for _ in range(2 + steps)][2:]
     return {phase: median(t[phase] for t in timings) for phase in timings[0]}
 
 
@@ -118,7 +123,7 @@ def _rank_main(rank, ranks, tensor_parallel, port, work, results) -> None:
     os._exit(0)  # gloo and DeepSpeed have nothing to tidy up here, and sometimes fail at it
 
 
-def _build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEngine, Batch]:
+def build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEngine, Batch]:
     model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
@@ -127,7 +132,7 @@ def _build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEn
     return engine, make_batch(config.model, workload, config.training.packing)
 
 
-def _step(engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, float]:
+def step(engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, float]:
     """Seconds by phase."""
     start = time.perf_counter()
     loss_sum, labels = engine(batch)

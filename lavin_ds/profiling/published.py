@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavin_ds.config import ModelConfig
+from lavin_ds.config import Checkpointing, ModelConfig
 from lavin_ds.data.collate import PADDING, Batch
 from lavin_ds.data.layout import IGNORE
+from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import MMAdapter
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.models.llama import Attention, Block, rotary_angles
+from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_angles
 from lavin_ds.models.vision import VisionBlock
 
 
@@ -35,6 +36,7 @@ class PublishedOptions:
     zero_images: bool = True  # a text-only sample sends an image of zeros through the ViT
     per_sample_routing: bool = True  # t_m is position 0 of every sample, which routes by its own copy of it
     separate_paths: bool = True  # both paths of an adapter are convolutions whose [N, D] outputs are kept
+    plain_autograd: bool = True  # norms, SwiGLU and QuickGELU keep what autograd keeps, fp32 copies included
 
     def without(self, *names: str) -> PublishedOptions:
         """The same with these savings made."""
@@ -59,14 +61,19 @@ class PublishedLavin(Lavin):
         config: ModelConfig,
         options: PublishedOptions | None = None,
         compat: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ):
+        kinds = {config.llm_adapter.kind, config.vision_adapter.kind} - {"none", "mm", "rep"}
+        if kinds or config.vision_source != "pixels":
+            what = f"adapters of kind {', '.join(sorted(kinds))}" if kinds else "cached visual features"
+            raise UserError(f"LaVIN's authors have no {what}: there is no published step to compare with.")
         super().__init__(config, compat, activation_checkpointing)
         self.options = options or PublishedOptions()
-        self.recompute = activation_checkpointing
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """As Lavin.forward: the sum of the labelled tokens' cross-entropies (fp32), and how many there are."""
+        if batch.packed:
+            raise ValueError("the published step pads its samples: this micro-batch is packed")
         modality_token = self.modality is not None
         if self.options.pad_to is not None:
             batch = _padded(batch, self.options.pad_to - modality_token)
@@ -102,7 +109,7 @@ class PublishedLavin(Lavin):
         x_BSW = tower.ln_pre(torch.cat([cls, patches], dim=1) + tower.positional_embedding)
         cls_tokens = []
         for number, block in enumerate(tower.blocks, start=1):
-            x_BSW = self._run(self._vision_block, block, x_BSW)
+            x_BSW = _run(tower.activation_checkpointing, self._vision_block, block, x_BSW)
             if number % tower.config.cls_every == 0:
                 cls_tokens.append(x_BSW[:, 0])
         return torch.stack(cls_tokens, dim=1)
@@ -124,7 +131,11 @@ class PublishedLavin(Lavin):
         z_BSW = adapt("attention", clip.ln_1(x_BSW))
         attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else clip.attention(z_BSW)
         x_BSW = x_BSW + attended
-        return x_BSW + clip.mlp(adapt("ffn", clip.ln_2(x_BSW)))
+        z_BSW = adapt("ffn", clip.ln_2(x_BSW))
+        if not (self.options.plain_autograd and self.config.vision.quick_gelu):
+            return x_BSW + clip.mlp(z_BSW)
+        hidden = clip.mlp.c_fc(z_BSW)
+        return x_BSW + clip.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
 
     def _decoder(self, x_BTD: torch.Tensor, modality_B: torch.Tensor) -> torch.Tensor:
         """Embedded tokens [B, T, D] to normed hidden states [B, T, D], t_m taken away again.
@@ -145,9 +156,9 @@ class PublishedLavin(Lavin):
         first = 1 if len(token_MD) else 0  # RoPE position of the first token
         cos, sin = rotary_angles(torch.arange(0 if in_samples else first, first + T), self.llm.config)
         context = _Rows(B, T, len(token_MD), in_samples, owner_N, torch.complex(cos, sin).to(x_BTD.device))
-        for block in self.llm.layers:
-            x_ND = self._run(self._decoder_block, block, x_ND, context)
-        h_ND = self.llm.norm(x_ND)
+        for number, block in enumerate(self.llm.layers):
+            x_ND = _run(number < self.llm.recomputed_layers, self._decoder_block, block, x_ND, context)
+        h_ND = self._norm(self.llm.norm, x_ND)
         return h_ND.unflatten(0, (B, 1 + T))[:, 1:] if in_samples else h_ND[len(token_MD) :].unflatten(0, (B, T))
 
     def _decoder_block(self, block: Block, x_ND: torch.Tensor, rows: _Rows) -> torch.Tensor:
@@ -160,9 +171,19 @@ class PublishedLavin(Lavin):
                 return _separate_paths(adapter, z_ND, _route(adapter, token_MD)[rows.owner_N])
             return adapter(z_ND, token_MD, rows.owner_N)
 
-        z_ND = adapt("attention", block.attention_norm(x_ND))
+        z_ND = adapt("attention", self._norm(block.attention_norm, x_ND))
         x_ND = x_ND + self._attention(block.attention, z_ND, rows)
-        return x_ND + block.feed_forward(adapt("ffn", block.ffn_norm(x_ND)))
+        return x_ND + self._feed_forward(block.feed_forward, adapt("ffn", self._norm(block.ffn_norm, x_ND)))
+
+    def _norm(self, norm: RMSNorm, x_ND: torch.Tensor) -> torch.Tensor:
+        if not self.options.plain_autograd:
+            return norm(x_ND)
+        x32_ND = x_ND.float()
+        scale_N1 = torch.rsqrt(x32_ND.pow(2).mean(-1, keepdim=True) + norm.eps)
+        return (x32_ND * scale_N1).to(x_ND.dtype) * norm.weight
+
+    def _feed_forward(self, mlp: FeedForward, z_ND: torch.Tensor) -> torch.Tensor:
+        return mlp.w2(F.silu(mlp.w1(z_ND)) * mlp.w3(z_ND)) if self.options.plain_autograd else mlp(z_ND)
 
     def _attention(self, attention: Attention, z_ND: torch.Tensor, rows: _Rows) -> torch.Tensor:
         q_NHK, k_NHK, v_NHK = (
@@ -193,14 +214,9 @@ class PublishedLavin(Lavin):
             attended = _causal_attention(q_BTHK, k_BTHK, v_BTHK)
         return attention.wo(torch.cat([v_NHK[:M].flatten(1), attended.flatten(2).flatten(0, 1)]))
 
-    def _run(self, step, *arguments):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(step, *arguments, use_reentrant=False)
-        return step(*arguments)
-
     @staticmethod
     def _is_routed(block: nn.Module, place: str) -> bool:
-        return place in block.adapters and isinstance(block.adapters[place], MMAdapter)
+        return place in block.adapters and type(block.adapters[place]) is MMAdapter
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,12 @@ class _Rows:
     in_samples: bool
     owner_N: torch.Tensor
     turns: torch.Tensor  # [positions, K/2] complex
+
+
+def _run(recomputed: bool, block, *arguments):
+    if recomputed and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
 
 
 def _padded(batch: Batch, length: int) -> Batch:

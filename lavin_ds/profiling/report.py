@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavin_ds.config import RunConfig
+from lavin_ds.config import RunConfig, recomputed_layers
 from lavin_ds.profiling import paper
 from lavin_ds.profiling.memory import COMPONENTS, Measured, Simulation, simulate, worst_case
 from lavin_ds.profiling.params import ParameterCount, count_parameters
@@ -100,7 +100,7 @@ class Report:
     def notes(self) -> list[str]:
         """What must be known to read the figures."""
         workload, config = self.memory.workload, self.config
-        checkpointing = "every block recomputed" if config.training.activation_checkpointing else "no recomputation"
+        checkpointing = _recomputation(config)
         notes = [
             f"Memory: a micro-batch of {workload.samples} x {workload.length} positions, "
             f"{workload.images} with an image, {workload.labelled_fraction:.0%} labelled, {checkpointing}; peak in "
@@ -186,6 +186,14 @@ def plot_memory(report: Report, path: Path) -> None:
     axes.set_title(f"{report.config.name}: peak of each phase of a step", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _recomputation(config: RunConfig) -> str:
+    checkpointing, n_layers = config.training.activation_checkpointing, config.model.llm.n_layers
+    if checkpointing is False:
+        return "no recomputation"
+    layers = recomputed_layers(checkpointing, n_layers)
+    return f"{layers} of {n_layers} LLaMA layers" + (" and the ViT" if config.model.has_vit else "") + " recomputed"
 
 
 def _published_memory(recipe: str) -> float | None:

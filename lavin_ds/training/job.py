@@ -212,7 +212,7 @@ def _record(arguments: TrainArguments, config: RunConfig) -> RunRecord:
     return RunRecord(
         config=config,
         inputs=arguments.inputs(),
-        data_sha256=manifest_sha256(arguments.data),
+        data_sha256=manifest_sha256(arguments.data, config.model.vision_source),
         ranks=dist.get_world_size(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         git_revision=_git_revision(),

@@ -28,7 +28,7 @@ SPLIT = "train"
 VALIDATION_SPLIT = "val"
 MIB = 2**20
 # What a resumed run may have otherwise than it began: how it is computed and looked after, not what is learnt. (In
-# compat every micro-batch weighs the same, and so their size is part of the objective.)
+# compat every micro-batch weighs the same, and so how they are made is part of the objective.)
 FREE_ON_RESUME = {
     "deepspeed",
     "tensor_parallel",
@@ -183,14 +183,14 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
 
 def _same_run(arguments: TrainArguments, config: RunConfig) -> None:
     out, record = arguments.out, load_run(arguments.out)
-    free = FREE_ON_RESUME - {"training.micro_batch"} if config.compat else FREE_ON_RESUME
+    free = FREE_ON_RESUME - {"training.micro_batch", "training.packing"} if config.compat else FREE_ON_RESUME
     changed = _changed_keys(record.config.model_dump(), config.model_dump(), free)
     if changed:
         raise UserError(
             f"{out} was started with another configuration ({', '.join(changed)}): resume with the same recipe "
             "and overrides, or give another --out."
         )
-    if record.data_sha256 != manifest_sha256(arguments.data):
+    if record.data_sha256 != manifest_sha256(arguments.data, config.model.vision_source):
         raise UserError(f"{out} was started on other data than {arguments.data}: give the same --data.")
     if record.inputs.init_adapter != arguments.inputs().init_adapter:
         raise UserError(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lavin_ds.config import RunConfig, load_recipe, parse_config
 from lavin_ds.data.collate import collate, prompt_batch
-from lavin_ds.data.schema import check_manifest, load_manifest
+from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data_prep import features
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
@@ -98,6 +98,12 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks_or_on_being_stopped(shar
     assert {path.name: path.read_bytes() for path in shards.glob("*features-*")} == alone
     assert first.stat().st_mtime_ns == kept
     assert (shards / "manifest.json").read_bytes() == manifest
+
+
+def test_adding_features_makes_other_data_only_for_who_reads_them(shards, clip):
+    pixels, cached = manifest_sha256(shards, "pixels"), manifest_sha256(shards, "cached")
+    cache(shards, clip)
+    assert manifest_sha256(shards, "pixels") == pixels and manifest_sha256(shards, "cached") != cached
 
 
 def test_features_of_another_kind_are_replaced_only_on_demand(shards, clip, tmp_path):

@@ -160,7 +160,7 @@ def test_the_manifest_agrees_with_its_own_recipe_and_with_a_blind_one(prepared):
     manifest = load_manifest(prepared)
     assert check_manifest(manifest, small_config()) == []
     assert check_manifest(manifest, small_config(vision=False)) == []
-    assert manifest_sha256(prepared) == manifest_sha256(prepared)
+    assert manifest_sha256(prepared, "pixels") == manifest_sha256(prepared, "pixels")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Pipeline:
         RunRecord(
             config=self.seeing_config,
             inputs=Inputs(data=self.data, llama=llama, clip=self.clip),
-            data_sha256=manifest_sha256(self.data),
+            data_sha256=manifest_sha256(self.data, "pixels"),
             ranks=1,
             versions={},
         ).save(folder)

@@ -1,9 +1,12 @@
+from collections import Counter
+
 import pytest
 import torch
 from model_helpers import VARIANTS
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import IGNORE
+from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import KINDS, frozen_parameters
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.skeleton import build_on_meta
@@ -104,14 +107,36 @@ def test_a_batch_without_labels_has_loss_zero_and_gradients_zero(model, make_bat
 @pytest.mark.parametrize("compat", [False, True])
 def test_activation_checkpointing_changes_no_gradient(config, fill, make_batch, compat):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "vision", 1):
         model = fill(Lavin(config, compat, activation_checkpointing=checkpointing)).train()
         torch.manual_seed(0)  # dropout
         total, _ = model(make_batch([(11, 0), (8, -1), (9, 1)]))
         total.backward()
         gradients.append({name: p.grad for name, p in model.trainable().items()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-6)
+        for others in gradients[1:]:
+            torch.testing.assert_close(gradient, others[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value, layers, vision", [(False, 0, 0), ("vision", 0, 2), (1, 1, 2), (True, 2, 2)])
+def test_activation_checkpointing_recomputes_the_blocks_it_names(config, fill, make_batch, value, layers, vision):
+    model = fill(Lavin(config, activation_checkpointing=value)).train()
+    runs = Counter()
+    for name, module in model.named_modules():
+        if name.endswith(("attention_norm", "ln_1")):  # once in every block
+            module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    model(make_batch([(11, 0), (8, -1)]))[0].backward()
+    assert [runs[f"llm.layers.{n}.attention_norm"] for n in range(2)] == [2] * layers + [1] * (2 - layers)
+    assert [runs[f"vision.blocks.{n}.clip.ln_1"] for n in range(2)] == [2 if vision else 1] * 2
+
+
+def test_what_to_recompute_is_read_from_the_recipe_and_checked():
+    for word, value in [("true", True), ("false", False), ("vision", "vision"), ("1", 1), ("40", 40)]:
+        read = load_recipe("lavin-13b", [f"training.activation_checkpointing={word}"]).training.activation_checkpointing
+        assert (read, type(read)) == (value, type(value))
+    for word in ("41", "-1", "layers"):
+        with pytest.raises(UserError, match="activation_checkpointing"):
+            load_recipe("lavin-13b", [f"training.activation_checkpointing={word}"])
 
 
 @pytest.fixture(params=VARIANTS)

@@ -7,6 +7,7 @@ import torch
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import IGNORE
+from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.profiling.memory import Workload, make_batch, simulate, summarise, trace_step
@@ -72,7 +73,7 @@ def test_it_computes_our_loss_and_gradients_from_our_weights(tiny, compat):
 @pytest.mark.parametrize("recipe", ["ablation-text", "ablation-vision"])
 def test_adapters_without_a_router_and_text_only_runs_have_a_published_step_too(tiny, recipe):
     initialize_single_process()
-    shape = {"llm": tiny.model.llm, "frozen_dtype": "fp32"}
+    shape = {"llm": tiny.model.llm, "frozen_dtype": "fp32", "vision_source": "pixels"}
     model = load_recipe(recipe).model
     model = model.model_copy(update=shape | ({"vision": tiny.model.vision} if model.vision else {}))
     batch, ours = ragged_batch(tiny), filled(Lavin(model))
@@ -126,6 +127,16 @@ def gigabytes(recipe, options) -> float:
     full, base = load_recipe(recipe).model, peak(1, 4)
     layers, blocks = peak(2, 4) - base, (peak(1, 8) - base) / 4
     return (base + (full.llm.n_layers - 1) * layers + (full.vision.layers - 4) * blocks) / 1e9
+
+
+def test_what_the_authors_do_not_have_is_refused(tiny):
+    other = tiny.model.model_copy(
+        update={"llm_adapter": tiny.model.llm_adapter.model_copy(update={"kind": "loha_silu"})}
+    )
+    with pytest.raises(UserError, match="no adapters of kind loha_silu"):
+        PublishedLavin(other)
+    with pytest.raises(UserError, match="no cached visual features"):
+        PublishedLavin(tiny.model.model_copy(update={"vision_source": "cached"}))
 
 
 def test_a_saving_that_does_not_exist_is_named():
