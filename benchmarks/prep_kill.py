@@ -115,7 +115,7 @@ def main(
         )
         table = Table(title=title)
         for heading in ("killed after", "last task done", "left running", "files kept", "finished by", "same bytes"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=heading == "last task done")
         for one in found:
             cells = [f"{one['killed_after_seconds']:.1f} s", one["last_task"], str(one["left_running"])]
             cells += [str(one["files_kept"]), f"{one['workers']} workers", "yes" if one["same_bytes"] else "NO"]

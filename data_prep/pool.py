@@ -69,7 +69,10 @@ class Pool:
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        call = f"from lavin_ds.data_prep.worker import serve; serve({theirs.fileno()}, {os.getpid()})"
+        call = (
+            f"from lavin_ds.data_prep.lifeline import end_with; end_with({os.getpid()})\n"
+            f"from lavin_ds.data_prep.worker import serve; serve({theirs.fileno()})"
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", call],
             env=os.environ | ENVIRONMENT,

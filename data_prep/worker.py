@@ -6,11 +6,7 @@ depends on the task alone, so neither the number of workers nor their order can 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
-import signal
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -193,9 +189,8 @@ def _changed(path: str, how: str) -> str:
     return f"The image {path} was changed while the job ran, it {how}: run the command again with --restart."
 
 
-def serve(descriptor: int, parent: int) -> None:
-    """The life of a worker process: a Job, then tasks, from the connection, until the parent closes it or ends."""
-    _end_with(parent)
+def serve(descriptor: int) -> None:
+    """The life of a worker process: a Job, then tasks, from the connection, until the parent closes it."""
     with Connection(descriptor) as connection:
         worker = Worker(connection.recv())
         while True:
@@ -213,11 +208,3 @@ def _attempt(worker: Worker, task: Task) -> tuple[Literal["done", "refused", "fa
         return "refused", str(error)
     except Exception:
         return "failed", traceback.format_exc()
-
-
-def _end_with(parent: int) -> None:
-    """Has Linux kill this process when its parent ends, were it by SIGKILL; elsewhere it ends after its task."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before
-            os._exit(1)
