@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ LIMITS = {
     "AdamW losses": 1e-4,
     "greedy tokens": 0,  # how many differ
 }
-GROUPS = 2  # of their grouped convolutions
+SLICE_STEP = 4  # logits_slice is logits[:, ::4, :64]
 CLIP_HEAD_WIDTH = 64
 NORM_ENDINGS = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_pre.weight", "ln_post.weight", "ln_final.weight")
 
@@ -88,6 +89,8 @@ class Golden:
 
     @classmethod
     def read(cls, path: Path) -> Golden:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder: give one in the layout of shared/golden/v1.")
         settings, parameters = _json(path / "config.json"), _json(path / "params.json")
         shapes = {parameter["name"]: parameter["shape"] for parameter in parameters}
         inputs = _arrays(path / "inputs.npz")
@@ -105,10 +108,11 @@ class Golden:
         c, shapes = self.config, self.shapes
         if c.get("adapter_type", "attn") != "attn" or c.get("visual_adapter_type", "router") != "router":
             raise UserError(f"{self.path}: only adapter_type attn and visual_adapter_type router can be compared.")
+        up_width = shapes["layers.0.adapter_attn.conv_B.weight"][1]  # of a group
         adapter = AdapterConfig(
             kind="mm",
             dim=c["adapter_dim"],
-            groups=GROUPS,
+            groups=c["adapter_dim"] // up_width,
             scale=c["adapter_scale"],
             dropout=0,
             temperature=c["temperature"],
@@ -215,10 +219,11 @@ def batch_of(golden: Golden, rows: list[int]) -> Batch:
 def prompts_of(golden: Golden, generation: dict) -> Batch:
     """The prompts of gen.json: BOS, prefix, visual tokens, prompt, on the images of inputs.npz."""
     inputs, indicators = golden.inputs, [bool(i) for i in generation["indicators"]]
+    bos = int(inputs["ids"][0, 0])
     prompts = []
     for prompt, image in zip(generation["prompts"], indicators, strict=True):
         prefix = inputs["prefix_img"] if image else inputs["prefix_nonimg"]
-        prompts.append([1, *prefix, *[0] * (golden.visual_tokens if image else 0), *prompt])
+        prompts.append([bos, *prefix, *[0] * (golden.visual_tokens if image else 0), *prompt])
     lengths = [len(prompt) for prompt in prompts]
     ids = [np.pad(np.array(prompt), (0, max(lengths) - len(prompt))) for prompt in prompts]
     return _batch(
@@ -331,8 +336,7 @@ def compare_activations(model: Lavin, batch: Batch, seen: dict, expected: dict, 
     with torch.no_grad():
         logits = model.llm.logits(model.llm.norm(with_modality_token(seen["h_out"])))
     want = expected["logits_slice"]
-    step = -(-logits.shape[1] // want.shape[1])
-    yield Error(mode, "logits", "logits", _largest(logits[:, ::step, : want.shape[2]], want))
+    yield Error(mode, "logits", "logits", _largest(logits[:, ::SLICE_STEP, : want.shape[2]], want))
     yield Error(
         mode, "logits, log-sum-exp", "log-sum-exp", _largest(logits.double().logsumexp(-1), expected["logits_lse"])
     )
@@ -502,7 +506,12 @@ def main(
 ) -> None:
     """Compare LaVIN here with the LaVIN authors' implementation."""
     try:
-        errors = run(golden_dir)
+        try:
+            errors = run(golden_dir)
+        except KeyError as error:
+            raise UserError(
+                f"{golden_dir} lacks {error} in one of its files: the layout is that of shared/golden/README.md."
+            ) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -528,7 +537,10 @@ def table(path: Path, errors: list[Error]) -> Table:
 def _arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}.")
-    return dict(np.load(file))
+    try:
+        return dict(np.load(file))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} cannot be read as numpy arrays: {error}.") from None
 
 
 def _json(path: Path) -> dict | list:

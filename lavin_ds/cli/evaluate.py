@@ -61,6 +61,8 @@ def scienceqa(
         out=out,
     )
     job = jobs.prepare(arguments)
+    if job.warning:
+        console.err.print(f"[yellow]warning:[/] {job.warning}", highlight=False, soft_wrap=True)
     with console.progress("loading weights") as update:
         model = jobs.load(job, lambda _, done, total: update(done, total))
     with console.progress(f"answering {split}", job.questions) as update:

@@ -7,7 +7,17 @@ import sys
 import typer
 
 from lavin_ds import __version__
-from lavin_ds.cli import evaluate, export, prep, prep_features, prep_inspect, profile, quickstart, train
+from lavin_ds.cli import (
+    evaluate,
+    export,
+    merge_delta,
+    prep,
+    prep_features,
+    prep_inspect,
+    profile,
+    quickstart,
+    train,
+)
 from lavin_ds.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +35,7 @@ app.command("validate")(train.validate)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(profile.app, name="profile")
 app.add_typer(export.app, name="export")
+app.command("merge-delta")(merge_delta.merge_delta)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ from lavin_ds.files import write_json
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.run import adapter_file, load_run
-from lavin_ds.weights.adapter import read_record, record_file
+from lavin_ds.weights.adapter import base_warning, read_record, record_file
 from lavin_ds.weights.base import Progress, build_model, check_inputs
 
 
@@ -67,6 +67,7 @@ class Job:
     tokenizer: Tokenizer
     questions: int
     out: Path
+    warning: str | None  # if the adapters were trained on another base
 
 
 def prepare(arguments: EvalArguments) -> Job:
@@ -89,7 +90,8 @@ def prepare(arguments: EvalArguments) -> Job:
     questions = min(len(reader), arguments.limit or len(reader))
     out = arguments.out or _default_out(arguments, subject.config.name, questions < len(reader))
     _check_out(out)
-    return Job(arguments, subject, reader, tokenizer, questions, out)
+    warning = subject.adapter and base_warning(subject.adapter, subject.llama, subject.clip)
+    return Job(arguments, subject, reader, tokenizer, questions, out, warning)
 
 
 def load(job: Job, on_progress: Progress | None = None) -> Lavin:

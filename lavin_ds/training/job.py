@@ -38,7 +38,7 @@ from lavin_ds.training.metrics import (
 from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, preflight
 from lavin_ds.training.rank import StopSignal
 from lavin_ds.training.validation import Scores, Validation
-from lavin_ds.weights.adapter import fill_trainable, save_adapter
+from lavin_ds.weights.adapter import base_warning, fill_trainable, save_adapter
 from lavin_ds.weights.base import build_model
 
 PACKAGES = (
@@ -82,6 +82,8 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     console.say(f"Loading {config.name} on {dist.get_world_size()} {device.type} rank(s)")
     start = checkpoint.load_newest(checkpoints, console.warn) if arguments.resume == "auto" else None
     init = None if start else arguments.init_adapter
+    if init and is_first and (warning := base_warning(init, arguments.llama, arguments.clip)):
+        console.warn(warning)
     model = build_model(config, arguments.llama, arguments.clip, init, device)
     at = start.at if start else Position(step=0, updates=0)
     trainable = model.trainable()

@@ -5,6 +5,7 @@ The frozen base is not in it: an adapter of LaVIN-7B is 15 MB, and is worth noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from lavin_ds.models.lavin import Lavin
 from lavin_ds.weights.tensor_files import SafetensorsFile
 
 FORMAT = 1
+SAMPLE_BYTES = 1 << 16
 METADATA = {"format": "pt", "lavin_ds_adapter": str(FORMAT)}
 
 
@@ -32,6 +34,7 @@ class BaseFiles(BaseModel):
 
     path: str
     bytes_of: dict[str, int]  # by file name
+    sample_sha256: str | None = None  # of SAMPLE_BYTES from the middle of each: fine-tuned models have equal sizes
 
 
 class Base(BaseModel):
@@ -62,8 +65,37 @@ class AdapterRecord(BaseModel):
 
 def _identify(path: Path) -> BaseFiles:
     files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    weights = {f.name: f.stat().st_size for f in files if f.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")}
-    return BaseFiles(path=str(path.resolve()), bytes_of=weights)
+    files = [f for f in files if f.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
+    sizes = {f.name: f.stat().st_size for f in files}
+    sample = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            opened.seek(max(0, sizes[file.name] - SAMPLE_BYTES) // 2)
+            sample.update(opened.read(SAMPLE_BYTES))
+    return BaseFiles(path=str(path.resolve()), bytes_of=sizes, sample_sha256=sample.hexdigest())
+
+
+def base_warning(file: Path, llama: Path, clip: Path | None) -> str | None:
+    """A sentence if adapter FILE was trained on another base than these files; None if not, or if nothing is known.
+
+    Raises:
+        UserError: FILE.json cannot be read.
+    """
+    if not record_file(file).is_file():
+        return None
+    base = read_record(file).base
+    for option, trained_on, path in (("--llama", base.llama, llama), ("--clip", base.clip, clip)):
+        if trained_on and path and not _same(trained_on, _identify(path)):
+            return (
+                f"{file.name} was trained on {trained_on.path}, and {option} {path} has other files: unless they hold "
+                "the same model in another layout, it will not do what it learnt."
+            )
+    return None
+
+
+def _same(first: BaseFiles, second: BaseFiles) -> bool:
+    samples = {first.sample_sha256, second.sample_sha256} - {None}
+    return first.bytes_of == second.bytes_of and len(samples) < 2
 
 
 def record_file(file: Path) -> Path:

@@ -1,15 +1,19 @@
-"""Reads CLIP's vision transformer, from open_clip's or OpenAI's files, into a VisionTower.
+"""Reads CLIP's vision transformer into a VisionTower, from files of these layouts:
 
-    open_clip   open_clip_model.safetensors, open_clip_pytorch_model.bin, DiHT's .ckpt: a state dict
-    OpenAI      ViT-L-14.pt: a TorchScript archive, read without running it (see torchscript.py)
+    open_clip     open_clip_model.safetensors, open_clip_pytorch_model.bin   a state dict, the tower in `visual.`
+    DiHT          diht_vitl14_336px_*.ckpt                                   the same names
+    OpenAI        ViT-L-14.pt                           TorchScript, read without running it (torchscript.py)
+    Hugging Face  model.safetensors, pytorch_model.bin  as CLIPModel or CLIPVisionModel name it, q, k and v apart
 
-Both name the tower `visual.` and its parts alike. Two things that matter cannot be seen in the weights: the number
-of heads and whether the activation is QuickGELU (OpenAI's and DiHT's weights, and open_clip's models that are named
-"-quickgelu") or GELU. They come from the recipe: model.vision.heads and model.vision.quick_gelu.
+Two things that matter cannot be seen in the weights: the number of heads, and whether the activation is QuickGELU
+(OpenAI's weights, open_clip's models that are named "-quickgelu") or GELU (open_clip's other models; DiHT's, whose
+model zoo leaves quick_gelu off). They come from the recipe, model.vision.heads and model.vision.quick_gelu, and are
+compared with Hugging Face's config.json where one lies beside the file.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -26,6 +30,26 @@ from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tenso
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
 
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+# The tower's names, to Hugging Face's; of a block, what is in one tensor here is in three there.
+HF_TOWER = {
+    "class_embedding": ["embeddings.class_embedding"],
+    "conv1.weight": ["embeddings.patch_embedding.weight"],
+    "positional_embedding": ["embeddings.position_embedding.weight"],
+    "ln_pre.weight": ["pre_layrnorm.weight"],  # their spelling
+    "ln_pre.bias": ["pre_layrnorm.bias"],
+}
+HF_BLOCK = {
+    f"{ours}{kind}": [f"{theirs}.{kind}" for theirs in several]
+    for kind in ("weight", "bias")
+    for ours, several in {
+        "attn.in_proj_": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attn.out_proj.": ["self_attn.out_proj"],
+        "ln_1.": ["layer_norm1"],
+        "ln_2.": ["layer_norm2"],
+        "mlp.c_fc.": ["mlp.fc1"],
+        "mlp.c_proj.": ["mlp.fc2"],
+    }.items()
+}
 
 
 class ClipFile:
@@ -40,20 +64,25 @@ class ClipFile:
         self.file: SafetensorsFile | TorchFile | TorchScriptFile = (
             TorchScriptFile(path) if path.is_file() and is_torchscript(path) else open_tensors(path)
         )
-        self.names = {}
-        for theirs in self.file.shapes:
-            _, visual, name = theirs.removeprefix("module.").rpartition("visual.")
-            if visual:
-                self.names[BLOCK.sub(r"blocks.\1.clip.\2", name)] = theirs
-        self.shapes = {name: self.file.shapes[theirs] for name, theirs in self.names.items()}
+        # The file's tensors that make up each one of the tower's, on top of each other.
+        self.parts: dict[str, list[str]] = _open_clip_parts(self.file.shapes)
+        self.hugging_face = not self.parts
+        if self.hugging_face:
+            self.parts = _hugging_face_parts(self.file.shapes)
+        shapes = {name: [self.file.shapes[part] for part in parts] for name, parts in self.parts.items()}
+        self.shapes = {
+            name: (sum(rows for rows, *_ in several), *several[0][1:]) if len(several) > 1 else several[0]
+            for name, several in shapes.items()
+        }
         if len(self.shapes.get("conv1.weight", ())) != 4 or len(self.shapes.get("positional_embedding", ())) != 2:
             raise UserError(
                 f"{path} holds no CLIP vision transformer: expected visual.conv1.weight and "
-                "visual.transformer.resblocks.*, as in open_clip's and OpenAI's files."
+                "visual.transformer.resblocks.* as in open_clip's, OpenAI's and DiHT's files, or "
+                "vision_model.encoder.layers.* as in Hugging Face's."
             )
 
     def described(self) -> dict[str, int | float]:
-        """What the shapes say about the tower, by VisionConfig's keys."""
+        """What the file says about the tower, by VisionConfig's keys."""
         width, _, patch, _ = self.shapes["conv1.weight"]
         side = math.isqrt(self.shapes["positional_embedding"][0] - 1)
         blocks = [int(name.split(".")[1]) for name in self.shapes if name.startswith("blocks.")]
@@ -65,7 +94,53 @@ class ClipFile:
         }
         if "blocks.0.clip.mlp.c_fc.weight" in self.shapes:
             described["mlp_ratio"] = self.shapes["blocks.0.clip.mlp.c_fc.weight"][0] / width
-        return described
+        return described | self._described_beside()
+
+    def _described_beside(self) -> dict[str, int]:
+        """What no tensor tells, from the config.json beside a file of Hugging Face's."""
+        beside = self.path.with_name("config.json")
+        if not self.hugging_face or not beside.is_file():
+            return {}
+        try:
+            content = json.loads(beside.read_text(encoding="utf-8"))
+            content = content.get("vision_config", content)
+            stated = {"heads": content.get("num_attention_heads"), "quick_gelu": content.get("hidden_act")}
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            raise UserError(f"{beside} cannot be read as CLIP's configuration: {error}.") from None
+        if stated["quick_gelu"] not in (None, "gelu", "quick_gelu"):
+            raise UserError(f"{beside} has hidden_act {stated['quick_gelu']}: only gelu and quick_gelu are known.")
+        stated["quick_gelu"] = stated["quick_gelu"] and stated["quick_gelu"] == "quick_gelu"
+        return {key: int(value) for key, value in stated.items() if value is not None}
+
+    def copy(self, name: str, target: torch.Tensor) -> None:
+        """Fills `target` with the tower's tensor `name`."""
+        rows = 0
+        for part in self.parts[name]:
+            source = self.file.tensor(part)
+            into = target.narrow(0, rows, len(source)) if len(self.parts[name]) > 1 else target
+            into.copy_(source)
+            rows += len(source)
+            self.file.release(source)
+
+
+def _open_clip_parts(theirs: dict) -> dict[str, list[str]]:
+    parts = {}
+    for part in theirs:
+        _, visual, name = part.removeprefix("module.").rpartition("visual.")
+        if visual:
+            parts[BLOCK.sub(r"blocks.\1.clip.\2", name)] = [part]
+    return parts
+
+
+def _hugging_face_parts(theirs: dict) -> dict[str, list[str]]:
+    # CLIPModel's names begin with vision_model; those of a CLIPVisionModel do, or do not, by transformers' version.
+    prefix = "vision_model." if any(part.startswith("vision_model.") for part in theirs) else ""
+    parts = {ours: [prefix + part for part in several] for ours, several in HF_TOWER.items()}
+    blocks = {found[1] for part in theirs if (found := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", part))}
+    for n in blocks:
+        for ours, several in HF_BLOCK.items():
+            parts[f"blocks.{n}.clip.{ours}"] = [f"{prefix}encoder.layers.{n}.{part}" for part in several]
+    return {ours: several for ours, several in parts.items() if all(part in theirs for part in several)}
 
 
 def check_clip(path: Path, config: VisionConfig) -> ClipFile:
@@ -87,10 +162,10 @@ def check_clip(path: Path, config: VisionConfig) -> ClipFile:
         wanted = {name: tuple(p.shape) for name, p in VisionTower(config).named_parameters()}
     for name, shape in wanted.items():
         if name not in clip.shapes:
-            raise UserError(f"{path} lacks visual.{name.replace('.clip.', '.')}: is it a CLIP of open_clip's layout?")
+            raise UserError(f"{path} lacks a tensor of its vision tower, here {name}: is its download complete?")
         if clip.shapes[name] != shape:
             raise UserError(
-                f"{path}: {clip.names[name]} is {list(clip.shapes[name])}, but the recipe's model.vision makes it "
+                f"{path}: {clip.parts[name][0]} is {list(clip.shapes[name])}, but the recipe's model.vision makes it "
                 f"{list(shape)}."
             )
     return clip
@@ -109,10 +184,9 @@ def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], 
     parameters = frozen_parameters(tower)
     with torch.no_grad():
         for done, (name, parameter) in enumerate(parameters.items(), start=1):
-            source = clip.file.tensor(clip.names[name])
-            parameter.data.copy_(source)
-            clip.file.release(source)
+            clip.copy(name, parameter.data)
             if on_progress:
                 on_progress(done, len(parameters))
-    unexpected = [theirs for name, theirs in clip.names.items() if name not in parameters]
+    used = {part for name in parameters for part in clip.parts[name]}
+    unexpected = [part for part in clip.file.shapes if part not in used]
     return LoadReport(matched=list(parameters), missing=[], unexpected=unexpected)

@@ -5,14 +5,18 @@ trainable parameters, with a `module.` prefix under data parallelism (reference.
 and an argparse.Namespace are unpickled. Their adapters want `compat: lavin-official` to give their numbers.
 
     theirs                                                          ours
-    layers.N.adapter_attn.*                                         llm.layers.N.adapters.attention.*
-    backbone.visual.transformer.resblocks.N.adapter_attn.*          vision.blocks.N.adapters.attention.*
+    layers.N.adapter_{attn,mlp}.*                                   llm.layers.N.adapters.{attention,ffn}.*
+    backbone.visual.transformer.resblocks.N.adapter_{attn,mlp}.*    vision.blocks.N.adapters.{attention,ffn}.*
       conv_A.{weight [R, D, 1], bias}                                 down_{weight [R, D], bias}
       conv_B.*, conv_D.* {weight [D, R/G, 1], bias}                   up_{weight,bias}_0, up_{weight,bias}_1
       conv_B.* (without a router)                                     up_{weight,bias}
       expert_weights.{weight [2, D], bias}                            router_{weight,bias}
     adapter_proj.conv_A.*, adapter_proj.conv_B.*                    neck.down_*, neck.up_*
     adapter_modality_embedding.weight                               modality.weight
+
+adapter_mlp is there with their adapter_type block in the LLM, and visual_adapter_type router_block in the ViT. Their
+generation routes an adapter_mlp of the LLM by another hidden state than their training (reference.md, section 4): that
+is not reproduced.
 """
 
 from __future__ import annotations
@@ -25,19 +29,18 @@ from pathlib import Path
 
 import torch
 
-from lavin_ds.config import RunConfig
+from lavin_ds.config import ModelConfig, RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.weights.adapter import fill_trainable
 from lavin_ds.weights.tensor_files import load_torch
 
 OWNERS = [
-    (re.compile(r"llm\.layers\.(\d+)\.adapters\.attention\.(\w+)"), r"layers.\1.adapter_attn."),
-    (
-        re.compile(r"vision\.blocks\.(\d+)\.adapters\.attention\.(\w+)"),
-        r"backbone.visual.transformer.resblocks.\1.adapter_attn.",
-    ),
+    (re.compile(r"llm\.layers\.(\d+)\.adapters\.(attention|ffn)\.(\w+)"), "layers"),
+    (re.compile(r"vision\.blocks\.(\d+)\.adapters\.(attention|ffn)\.(\w+)"), "backbone.visual.transformer.resblocks"),
 ]
+PLACES = {"attention": "adapter_attn", "ffn": "adapter_mlp"}
+KINDS = ("none", "mm", "rep", "bottleneck")  # that their modules can hold
 CONVOLUTIONS = {"down": "conv_A", "up_0": "conv_B", "up_1": "conv_D", "up": "conv_B", "router": "expert_weights"}
 WHOLE_NAMES = {
     "neck.down_weight": "adapter_proj.conv_A.weight",
@@ -56,18 +59,29 @@ def official_name(name: str) -> str:
     """
     if name in WHOLE_NAMES:
         return WHOLE_NAMES[name]
-    for pattern, prefix in OWNERS:
+    for pattern, blocks in OWNERS:
         match = pattern.fullmatch(name)
-        if match:
-            part = re.fullmatch(r"(down|up|router)_(weight|bias)(_[01])?", match[2])
-            if part:
-                return match.expand(prefix) + f"{CONVOLUTIONS[part[1] + (part[3] or '')]}.{part[2]}"
-    raise UserError(f"The authors' layout has no place for {name}: export it with --layout safetensors.")
+        part = match and re.fullmatch(r"(down|up|router)_(weight|bias)(_[01])?", match[3])
+        convolution = part and CONVOLUTIONS.get(part[1] + (part[3] or ""))
+        if convolution:
+            return f"{blocks}.{match[1]}.{PLACES[match[2]]}.{convolution}.{part[2]}"
+    raise _no_place(name)
+
+
+def _no_place(what: str) -> UserError:
+    return UserError(f"The authors' layout has no place for {what}: use ours (--layout safetensors).")
+
+
+def _check_kinds(config: ModelConfig) -> None:
+    """Some adapters have the authors' names and another meaning."""
+    for adapter in (config.llm_adapter, config.vision_adapter):
+        if adapter.kind not in KINDS:
+            raise _no_place(f"adapters of kind {adapter.kind}")
 
 
 def is_convolution(official: str) -> bool:
     """Whether a tensor carries the width 1 of a convolution as a last dimension in the authors' layout."""
-    return bool(re.search(r"adapter_attn\.conv_[ABD]\.weight$", official))
+    return bool(re.search(r"adapter_(attn|mlp)\.conv_[ABD]\.weight$", official))
 
 
 def import_official(model: Lavin, file: Path) -> argparse.Namespace:
@@ -76,6 +90,7 @@ def import_official(model: Lavin, file: Path) -> argparse.Namespace:
     Raises:
         UserError: the file cannot be read safely, or its tensors or arguments do not fit the recipe.
     """
+    _check_kinds(model.config)
     content = load_torch(file, allowed_globals=(argparse.Namespace,))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{file} is not a checkpoint of the LaVIN authors' training script: it has no key 'model'.")
@@ -116,17 +131,20 @@ def official_bytes(tensors: Mapping[str, torch.Tensor], config: RunConfig) -> by
     Raises:
         UserError: their layout has no place for one of them.
     """
+    _check_kinds(config.model)
+    llm, vision = config.model.llm_adapter, config.model.vision_adapter
+    plain = "router" if vision.kind == "mm" else "normal"
     model = {}
     for name, tensor in tensors.items():
         official = official_name(name)
         tensor = tensor.detach().to("cpu", torch.float32).clone()
         model[f"module.{official}"] = tensor.unsqueeze(-1) if is_convolution(official) else tensor
     arguments = argparse.Namespace(
-        adapter_type="attn",
-        visual_adapter_type="router",
-        adapter_dim=config.model.llm_adapter.dim,
-        adapter_scale=config.model.llm_adapter.scale,
-        temperature=config.model.llm_adapter.temperature,
+        adapter_type="block" if "ffn" in llm.before else "attn",
+        visual_adapter_type="router_block" if "ffn" in vision.before else plain,
+        adapter_dim=llm.dim,
+        adapter_scale=llm.scale,
+        temperature=llm.temperature,
         hidden_proj=config.model.neck_dim,
         n_prompt=config.model.visual_tokens,
         max_seq_len=config.data.max_length,

@@ -101,6 +101,8 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
     Raises:
         UserError: it does not exist, or is neither .safetensors nor a torch file.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the file in it that holds the tensors.")
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file.")
     if path.suffix == ".safetensors":

@@ -4,7 +4,8 @@ import transformers
 
 from lavin_ds.config import LlamaConfig, RopeScaling
 from lavin_ds.models.llama import KVCache, Llama
-from lavin_ds.weights.llama import load_llama
+from lavin_ds.profiling.skeleton import OnMeta
+from lavin_ds.weights.llama import llama_shapes, load_llama
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_31 = {
@@ -110,3 +111,29 @@ def test_the_loss_of_many_rows_is_that_of_their_logits_at_once(fill, monkeypatch
     want = torch.nn.functional.cross_entropy(model.logits(h), targets, reduction="sum")
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(gradient, torch.autograd.grad(want, h)[0])
+
+
+LLAMA_1 = {"vocab_size": 32000}
+LLAMA_2 = {"vocab_size": 32000, "norm_eps": 1e-5}
+LLAMA_3 = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "n_kv_heads": 8}
+# dim, n_layers, n_heads, ffn_dim, the rest, parameters as Hugging Face's model cards count them
+SHAPES = {
+    "LLaMA-7B": (4096, 32, 32, 11008, LLAMA_1, 6_738_415_616),
+    "LLaMA-13B": (5120, 40, 40, 13824, LLAMA_1, 13_015_864_320),
+    "LLaMA-33B": (6656, 60, 52, 17920, LLAMA_1, 32_528_943_616),
+    "LLaMA-65B": (8192, 80, 64, 22016, LLAMA_1, 65_285_660_672),
+    "LLaMA-2-70B": (8192, 80, 64, 28672, LLAMA_2 | {"n_kv_heads": 8}, 68_976_648_192),
+    "LLaMA-3-8B": (4096, 32, 32, 14336, LLAMA_3, 8_030_261_248),
+    "LLaMA-3-70B": (8192, 80, 64, 28672, LLAMA_3, 70_553_706_496),
+    "LLaMA-3.1-8B": (4096, 32, 32, 14336, LLAMA_3 | {"rope_scaling": RopeScaling()}, 8_030_261_248),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_published_shapes_have_as_many_parameters_as_published(name):
+    dim, n_layers, n_heads, ffn_dim, rest, published = SHAPES[name]
+    config = LlamaConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=ffn_dim, **rest)
+    with OnMeta():
+        model = Llama(config, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == published
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == llama_shapes(config)

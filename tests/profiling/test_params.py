@@ -18,6 +18,8 @@ from lavin_ds.profiling.params import count_parameters
         ("lavin-7b", 3_781_296),
         ("lavin-7b-24gb", 3_781_296),
         ("lavin-13b", 5_390_080),
+        ("lavin-33b", 60 * 133_130 + 491_760 + 989_824 + 2 * 6656),
+        ("lavin-65b", 80 * 163_850 + 491_760 + 1_187_968 + 2 * 8192),
         ("ablation-text", 1_704_192),
         ("ablation-vision", 2_331_008),
         ("ablation-joint", 2_450_912),

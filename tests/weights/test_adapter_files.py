@@ -1,15 +1,17 @@
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weights_helpers import CONFIG, export, filled, same_trainables
+from weights_helpers import CONFIG, export, filled, same_trainables, write_clip, write_meta
 
 from lavin_ds import __version__
 from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
+from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.weights.adapter import load_adapter, read_record, save_adapter
+from lavin_ds.weights.adapter import base_warning, load_adapter, read_record, record_file, save_adapter
 from lavin_ds.weights.base import build_model, check_inputs
 
 
@@ -36,6 +38,21 @@ def test_an_adapter_file_fills_another_model_and_says_what_it_belongs_to(saved):
     assert not list(file.parent.glob(".*tmp"))
 
 
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"mm"}))
+def test_adapters_of_every_kind_go_through_a_file(tmp_path, files, kind):
+    vision = "rep" if kind == "lora" else kind
+    raw = CONFIG.model_dump()
+    raw["model"] |= {"llm_adapter": {"kind": kind, "dim": 4}, "vision_adapter": {"kind": vision, "dim": 4}}
+    config = RunConfig.model_validate(raw)
+    source, other = filled(config=config), filled(seed=1, config=config)
+    _, llama, clip = files
+    record = save_adapter(tmp_path / "adapter.safetensors", source.trainable(), config, llama, clip)
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    assert same_trainables(source, other) and record.config == config
+    with pytest.raises(UserError, match="does not fit the recipe"):
+        load_adapter(filled(), tmp_path / "adapter.safetensors")
+
+
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_named_and_nothing_is_filled(saved):
     model, file, *_ = saved
     metadata = {"format": "pt", "lavin_ds_adapter": "1"}
@@ -52,6 +69,21 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named_and_nothing_is_fill
         with pytest.raises(UserError, match=message):
             load_adapter(other, file)
     assert all(torch.equal(p, before[n]) for n, p in other.trainable().items())
+
+
+def test_another_base_than_the_adapter_was_trained_on_is_told_in_a_sentence(saved, tmp_path):
+    model, file, llama, clip = saved
+    assert base_warning(file, llama, clip) is None and base_warning(file, llama, None) is None
+    elsewhere = shutil.copytree(llama, tmp_path / "copy")
+    assert base_warning(file, elsewhere, clip) is None
+    write_meta(tmp_path / "tuned", filled(seed=1), shards=2)  # as large, file by file
+    assert f"was trained on {llama}, and --llama {tmp_path / 'tuned'} has other" in base_warning(
+        file, tmp_path / "tuned", clip
+    )
+    other = write_clip(tmp_path / "other.safetensors", model)
+    assert f"--clip {other} has other files" in base_warning(file, llama, other)
+    record_file(file).unlink()
+    assert base_warning(file, tmp_path / "tuned", clip) is None
 
 
 def test_other_files_are_not_taken_for_adapters(tmp_path, saved):

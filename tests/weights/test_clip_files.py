@@ -3,13 +3,17 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from weights_helpers import CONFIG, filled, write_clip
 
+from lavin_ds.config import load_recipe
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import trainable_parameters
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.weights.clip import check_clip, load_clip
+from lavin_ds.models.vision import VisionTower
+from lavin_ds.weights.clip import _open_clip_parts, check_clip, load_clip
 from lavin_ds.weights.torchscript import TorchScriptFile
 
 VISION = CONFIG.model.vision
@@ -47,6 +51,90 @@ def test_open_clips_state_dicts_load_without_what_nobody_would_read(tmp_path, na
     assert "visual.proj" in report.unexpected and "visual.transformer.resblocks.2.ln_1.weight" in report.unexpected
     for key, tensor in adapters.items():
         assert torch.equal(trainable_parameters(model.vision)[key], tensor)
+
+
+HF_SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+
+
+def write_hugging_face(folder, whole, act="quick_gelu"):
+    """transformers' own model, saved by transformers; `whole` with the text tower."""
+    torch.manual_seed(0)
+    vision = HF_SHAPE | {"intermediate_size": 128, "hidden_act": act}
+    if whole:
+        ids = {"bos_token_id": 1, "eos_token_id": 2}
+        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, **ids}
+        theirs = CLIPModel(CLIPConfig(vision_config=vision, text_config=text | {"vocab_size": 30}))
+    else:
+        theirs = CLIPVisionModel(CLIPVisionConfig(**vision))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("whole, old", [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_hugging_faces_clip_gives_its_cls_tokens(tmp_path, whole, old, act):
+    theirs = write_hugging_face(tmp_path, whole, act)
+    file = tmp_path / "model.safetensors"
+    if old:  # before transformers 5 a CLIPVisionModel's names began with vision_model.
+        save_file({f"vision_model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    config = VISION.model_copy(update={"quick_gelu": act == "quick_gelu"})
+    tower = VisionTower(config).eval()
+    report = load_clip(tower, file)
+    assert not report.missing and any("post_layernorm" in name for name in report.unexpected)
+    pixels = torch.randn(2, 3, 16, 16)
+    vision = theirs.vision_model if whole else theirs
+    hidden = vision(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(tower(pixels), hidden[2][:, :1], rtol=1e-5, atol=1e-5)
+
+
+def test_hugging_faces_config_says_what_no_tensor_does(tmp_path):
+    write_hugging_face(tmp_path, whole=True)
+    file = tmp_path / "model.safetensors"
+    check_clip(file, VISION)
+    with pytest.raises(UserError, match="model.vision.heads is 2, but .* has 4"):
+        check_clip(file, VISION.model_copy(update={"heads": 2}))
+    with pytest.raises(UserError, match="model.vision.quick_gelu is 0, but .* has 1"):
+        check_clip(file, VISION.model_copy(update={"quick_gelu": False}))
+    with pytest.raises(UserError, match="is a folder: give the file in it"):
+        check_clip(tmp_path, VISION)
+    (tmp_path / "config.json").unlink()  # then the recipe's word counts
+    check_clip(file, VISION.model_copy(update={"quick_gelu": False}))
+
+
+# What the vision tower of facebookresearch/diht's model is made of, as its state dict names it.
+DIHT = {f"visual.{name}" for name in ("class_embedding", "positional_embedding", "conv1.weight")}
+DIHT |= {f"visual.ln_pre.{kind}" for kind in ("weight", "bias")}
+DIHT_PARTS = ("attn.in_proj_", "attn.out_proj.", "ln_1.", "ln_2.", "mlp.c_fc.", "mlp.c_proj.")
+
+
+def test_the_bottlenecks_tower_takes_what_dihts_file_has():
+    config = load_recipe("bottleneck-7b").model.vision
+    with torch.device("meta"):
+        tower = VisionTower(config)
+    names = DIHT | {
+        f"visual.transformer.resblocks.{n}.{part}{kind}"
+        for n in range(24)
+        for part in DIHT_PARTS
+        for kind in ("weight", "bias")
+    }
+    # Only their values are not there.
+    parts = _open_clip_parts(dict.fromkeys(names))
+    assert set(parts) == {name for name, _ in tower.named_parameters()}
+    assert tower.positional_embedding.shape == (24 * 24 + 1, 1024) and not config.quick_gelu
+
+
+def test_a_ckpt_with_a_text_tower_loads(tmp_path):
+    source, model = filled(), filled(seed=1)
+    file = write_clip(tmp_path / "diht.ckpt", source)
+    text = {"transformer.resblocks.0.ln_1.weight": torch.ones(8), "logit_scale": torch.ones([])}
+    torch.save(torch.load(file) | text, file)
+    report = load_clip(model.vision, file)
+    assert "logit_scale" in report.unexpected
+    for key, tensor in frozen(source).items():
+        assert torch.equal(frozen(model)[key], tensor), key
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -82,9 +82,36 @@ def test_nothing_but_tensors_and_a_namespace_is_unpickled(tmp_path):
         import_official(filled(), tmp_path / "other.pth")
 
 
-def test_what_the_authors_layout_has_no_place_for_is_refused():
-    with pytest.raises(UserError, match="no place for llm.layers.0.adapters.ffn.down_weight"):
-        official_name("llm.layers.0.adapters.ffn.down_weight")
+def changed(**adapters):
+    """CONFIG with other adapters."""
+    return RunConfig.model_validate(CONFIG.model_dump() | {"model": CONFIG.model.model_dump() | adapters})
+
+
+def test_adapters_before_the_feed_forward_go_out_as_adapter_mlp_and_come_back(tmp_path):
+    both = {"kind": "mm", "dim": 4, "temperature": 5.0, "before": ["attention", "ffn"]}
+    config = changed(llm_adapter=both, vision_adapter=both)
+    source, model = filled(config=config), filled(seed=1, config=config)
+    file = tmp_path / "checkpoint-0.pth"
+    file.write_bytes(official_bytes(source.trainable(), config))
+    arguments = import_official(model, file)
+    assert same_trainables(source, model)
+    assert (arguments.adapter_type, arguments.visual_adapter_type) == ("block", "router_block")
+    assert official_name("llm.layers.1.adapters.ffn.up_bias_1") == "layers.1.adapter_mlp.conv_D.bias"
+    name = official_name("vision.blocks.2.adapters.ffn.router_weight")
+    assert name == "backbone.visual.transformer.resblocks.2.adapter_mlp.expert_weights.weight"
+    with pytest.raises(UserError, match="has besides layers.0.adapter_mlp"):
+        import_official(filled(), file)
+
+
+@pytest.mark.parametrize("kind", ["concat", "bottleneck_weighted", "loha", "loha_mm", "loha_silu", "lora"])
+def test_what_the_authors_layout_has_no_place_for_is_refused(kind, tmp_path):
+    config = changed(llm_adapter={"kind": kind, "dim": 4})
+    with pytest.raises(UserError, match=f"no place for adapters of kind {kind}"):
+        official_bytes(Lavin(config.model).trainable(), config)
+    with pytest.raises(UserError, match=f"no place for adapters of kind {kind}"):
+        import_official(Lavin(config.model), tmp_path / "absent.pth")
+    with pytest.raises(UserError, match="no place for llm.layers.0.adapters.projections.down_weight_q"):
+        official_name("llm.layers.0.adapters.projections.down_weight_q")
 
 
 def test_a_run_exports_to_the_authors_layout(run, tmp_path, files):

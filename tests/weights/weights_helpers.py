@@ -32,9 +32,9 @@ CONFIG = RunConfig.model_validate(
 META_SPLIT = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 
 
-def filled(seed: int = 0) -> Lavin:
+def filled(seed: int = 0, config: RunConfig = CONFIG) -> Lavin:
     """A model with random values in every parameter."""
-    model = Lavin(CONFIG.model)
+    model = Lavin(config.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
