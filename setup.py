@@ -48,6 +48,7 @@ setup(
         "lite": ["bitsandbytes>=0.43"],
         "web": ["gradio>=5"],
         "metrics": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.16"],
     },
     entry_points={"console_scripts": ["lavin-ds = lavin_ds.cli.main:run"]},
 )

@@ -1,9 +1,9 @@
 """Whether anything is lost when a run is killed: twenty times, at random moments, at random places.
 
-    python benchmarks/kill.py [--kills 20] [--epochs 10] [--seed 0] [--json]
+    python benchmarks/kill.py [--kills 20] [--epochs 15] [--seed 0] [--json]
 
 Trains the shipped tiny base on two ranks twice, with dropout and validation. The first run goes through. The second is
-sent SIGKILL again and again: to a rank, to one of DeepSpeed's two launchers or to `lavin-ds train` itself, up to five
+sent SIGKILL again and again: to a rank, to one of DeepSpeed's two launchers or to `lavin-ds train` itself, up to three
 seconds into its steps, or while it still starts. Each time nothing may be left running, and `--resume auto` goes on.
 
 Exit code 1 unless at the end the adapters, and every loss on the way, are bit for bit those of the first run.
@@ -40,6 +40,7 @@ from lavin_ds.training.metrics import read_metrics
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 PLACES = ("a rank", "inner launcher", "outer launcher", "lavin-ds train")
+INTO_STEPS = 3  # seconds
 START_SHARE = 0.2  # of the kills that come while the run still starts
 console = Console(stderr=True)
 
@@ -91,7 +92,7 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
     else:
         while process.poll() is None and steps_of(run) <= before:
             time.sleep(0.05)
-        wait(process, rng.uniform(0, 5))
+        wait(process, rng.uniform(0, INTO_STEPS))
     if process.poll() is not None:
         return None
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -175,7 +176,7 @@ def show(result: dict) -> None:
 
 def main(
     kills: Annotated[int, typer.Option(help="How often.")] = 20,
-    epochs: Annotated[float, typer.Option(help="Of 20 steps each; enough for all the kills.")] = 10,
+    epochs: Annotated[float, typer.Option(help="Of 20 steps each; enough for all the kills.")] = 15,
     seed: Annotated[int, typer.Option(help="Of the moments and places.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -74,8 +74,8 @@ def step(model: Lavin, parts: list[Batch]) -> tuple[float, float]:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    dim: Annotated[int, typer.Option(min=64)] = 512,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    dim: Annotated[int, typer.Option(min=64)] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Measure packing."""

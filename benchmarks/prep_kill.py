@@ -114,11 +114,11 @@ def main(
             f"{len(good)} of {kills} kills without a trace: {records:,} records, {len(expected)} files, {seconds:.1f} s"
         )
         table = Table(title=title)
-        for heading in ("killed after", "last task done", "left running", "files kept", "finished by", "same bytes"):
+        for heading in ("killed after", "last task done", "left running", "files kept", "workers then", "same bytes"):
             table.add_column(heading, justify="right", no_wrap=heading == "last task done")
         for one in found:
             cells = [f"{one['killed_after_seconds']:.1f} s", one["last_task"], str(one["left_running"])]
-            cells += [str(one["files_kept"]), f"{one['workers']} workers", "yes" if one["same_bytes"] else "NO"]
+            cells += [str(one["files_kept"]), str(one["workers"]), "yes" if one["same_bytes"] else "NO"]
             table.add_row(*cells)
         Console().print(table)
     raise typer.Exit(0 if len(good) == kills else 1)

@@ -30,6 +30,7 @@ from torch import nn
 from lavin_ds.data.shards import file_sha256
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
+from lavin_ds.training import scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,11 +38,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @dataclass(frozen=True)
 class Position:
     """Where a run stands. step: optimizer steps done, skipped ones included; updates: without those, which is what
-    AdamW corrects its bias by; val_loss: of these parameters, None if they were not validated."""
+    AdamW corrects its bias by; loss_scale and its age: see scale.py; val_loss: of these parameters, None if they were
+    not validated."""
 
     step: int
     updates: int
+    loss_scale: float = scale.START
+    loss_scale_age: int = 0
     val_loss: float | None = None
+
+
+START = Position(step=0, updates=0)
 
 
 @dataclass(frozen=True)

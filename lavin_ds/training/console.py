@@ -63,10 +63,10 @@ class TrainingConsole:
             line.scores = scores
         if result.skipped:
             line.skipped += 1
-            self.warn(
-                f"step {result.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; "
-                f"{len(result.suspects)} suspected samples are in metrics.jsonl"
-            )
+            why = f"{len(result.suspects)} suspected samples are in metrics.jsonl"
+            if not result.suspects:
+                why = "fp16 overflowed, the loss scale is halved"
+            self.warn(f"step {result.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; {why}")
         if self.live:
             return
         now, last = time.monotonic(), result.step == line.total_steps

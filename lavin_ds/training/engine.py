@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,6 +18,8 @@ from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import TensorParallelUnit, data_parallel_size
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
 from lavin_ds.training.launcher import free_port
+
+FILE_MONITORS = ("tensorboard", "csv_monitor")
 
 
 def start_distributed() -> torch.device:
@@ -61,8 +64,11 @@ def build_optimizer(model: Lavin, training: TrainingConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(parameter_groups(model, training), lr=0.0, betas=training.betas, eps=training.eps)
 
 
-def build_engine(model: Lavin, config: RunConfig) -> deepspeed.DeepSpeedEngine:
-    """Wraps the model in DeepSpeed's engine; call after `start_distributed` and `initialize_tensor_parallel`."""
+def build_engine(model: Lavin, config: RunConfig, monitors: Path | None = None) -> deepspeed.DeepSpeedEngine:
+    """Wraps the model in DeepSpeed's engine; call after `start_distributed` and `initialize_tensor_parallel`.
+
+    monitors: folder for the monitors that write files, where the DeepSpeed configuration names none.
+    """
     training = config.training
     accumulation = micro_batches(training.global_batch, data_parallel_size(), training.micro_batch)
     ds_config = read_deepspeed_config(config.deepspeed) | {
@@ -71,6 +77,9 @@ def build_engine(model: Lavin, config: RunConfig) -> deepspeed.DeepSpeedEngine:
         "gradient_clipping": training.grad_clip or 0.0,
         "zero_allow_untested_optimizer": True,
     }
+    for monitor in FILE_MONITORS:
+        if monitors and ds_config.get(monitor, {}).get("enabled"):
+            ds_config[monitor] = {"output_path": str(monitors), "job_name": ""} | ds_config[monitor]
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, training), config=ds_config, mpu=TensorParallelUnit

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.run import RunRecord, hold
 from lavin_ds.training import checkpoint
 from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.checkpoint import Position
 from lavin_ds.training.console import TrainingConsole
 from lavin_ds.training.engine import build_engine, start_distributed
 from lavin_ds.training.flops import peak_flops, step_flops
@@ -85,15 +85,15 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     if init and is_first and (warning := base_warning(init, arguments.llama, arguments.clip)):
         console.warn(warning)
     model = build_model(config, arguments.llama, arguments.clip, init, device)
-    at = start.at if start else Position(step=0, updates=0)
+    at = start.at if start else checkpoint.START
     trainable = model.trainable()
     if start:
         fill_trainable(model, start.values(), where=f"The checkpoint of step {at.step}")
         console.say(f"Resuming behind step {at.step}")
-    engine = build_engine(model, config)
+    engine = build_engine(model, config, out / "monitors")
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
-    loop = Loop(engine, config, ShardReader(arguments.data, SPLIT), device, at.step, at.updates)
+    loop = Loop(engine, config, ShardReader(arguments.data, SPLIT), device, at)
     training = config.training
     validation = None
     if training.validate_every:
@@ -110,7 +110,7 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
         if validation and (last or result.step % training.validate_every == 0):
             with console.doing("validating"):
                 scores = validation.run()
-        at = Position(result.step, loop.updates, scores.val_loss if scores else None)
+        at = replace(loop.at, val_loss=scores.val_loss if scores else None)
         if metrics:
             metrics.add(result, scores)
             write_to_monitors(engine, result, scores)

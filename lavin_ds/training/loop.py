@@ -23,8 +23,10 @@ import torch.distributed as dist
 from lavin_ds.config import RunConfig
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
+from lavin_ds.training.checkpoint import START, Position
 from lavin_ds.training.feed import Feed, StepData, in_background
 from lavin_ds.training.rank import StopSignal
+from lavin_ds.training.scale import LossScale
 from lavin_ds.training.schedule import step_learning_rate
 
 
@@ -41,7 +43,8 @@ class StepResult:
     """What one optimizer step did. Sums are over all ranks; loss is per labelled token, seconds wall time.
 
     A skipped step has changed nothing: its loss or gradient_norm is NaN or infinite, and `suspects` names the
-    samples of the micro-batches whose loss is (of the whole step if it is the gradient alone).
+    samples of the micro-batches whose loss is (of the whole step if it is the gradient alone). None are suspected where
+    an fp16 base's loss scale may have been too large.
     """
 
     step: int  # optimizer steps done, this one and skipped ones included
@@ -59,10 +62,7 @@ class StepResult:
 
 
 class Loop:
-    """Steps a DeepSpeed engine through a split of the shards; the state is the engine and two numbers.
-
-    done: optimizer steps behind it; updates: those of them that were not skipped.
-    """
+    """Steps a DeepSpeed engine through a split of the shards; the state is the engine and `at`."""
 
     def __init__(
         self,
@@ -70,13 +70,15 @@ class Loop:
         config: RunConfig,
         reader: ShardReader,
         device: torch.device,
-        done: int = 0,
-        updates: int = 0,
+        at: Position = START,
     ):
         self.engine, self.config, self.reader, self.device = engine, config, reader, device
         self.feed = Feed(config, reader, device)
         self.total_steps = self.feed.total_steps
-        self.done, self.updates, self.skipped_in_a_row = done, updates, 0
+        self.at, self.skipped_in_a_row = at, 0
+        self.scale = None
+        if config.model.frozen_dtype == "fp16":
+            self.scale = LossScale(engine.module.trainable().values(), at.loss_scale, at.loss_scale_age)
 
     def run(self, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
         """Runs the steps that are left; `on_step` is called on every rank after each.
@@ -86,20 +88,34 @@ class Loop:
             TrainingDiverged: as many steps in a row were skipped as the recipe allows; on all ranks alike.
         """
         self.engine.train()
-        with in_background(self.feed.steps(self.done)) as steps:
+        with in_background(self.feed.steps(self.at.step)) as steps:
             for data in steps:
                 result, stopping = self._step(data, stop)
-                self.done += 1
-                self.updates += not result.skipped
-                self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+                self._count(result)
                 on_step(result)
                 if self.skipped_in_a_row == self.config.training.max_skipped_in_a_row:
                     raise TrainingDiverged(
-                        f"Neither loss nor gradient was finite in {self.skipped_in_a_row} steps in a row, the last one "
-                        f"step {result.step}: the loss was {result.loss}, the gradient norm {result.gradient_norm}."
+                        f"Loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, the last of them "
+                        f"step {result.step}: loss {result.loss}, gradient norm {result.gradient_norm}."
                     )
                 if stopping:
                     raise TrainingStopped
+
+    def _count(self, result: StepResult) -> None:
+        lowers_scale = result.skipped and self._may_lower_scale()
+        if self.scale:
+            self.scale.update(overflowed=result.skipped)
+        if not lowers_scale:  # which is how a scale is found, not a sign of trouble
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        self.at = Position(
+            step=result.step,
+            updates=self.at.updates + (not result.skipped),
+            loss_scale=self.scale.factor if self.scale else 1.0,
+            loss_scale_age=self.scale.age if self.scale else 0,
+        )
+
+    def _may_lower_scale(self) -> bool:
+        return self.scale is not None and self.scale.factor > 1
 
     def _step(self, data: StepData, stop: StopSignal) -> tuple[StepResult, bool]:
         began = time.perf_counter()
@@ -126,7 +142,7 @@ class Loop:
             images=data.images,
             seconds=time.perf_counter() - began,
             skipped=not updated,
-            suspects=() if updated else self._suspects(data, losses),
+            suspects=() if updated or self._may_lower_scale() else self._suspects(data, losses),
         )
         return result, stops > 0
 
@@ -150,7 +166,8 @@ class Loop:
                 # NaN on every rank, and none makes an update that the others do not.
                 loss_sum = loss_sum * (1 + 0 * totals[0]).to(loss_sum.dtype)
             # compat: every micro-batch weighs the same, however many labels it has.
-            self.engine.backward(loss_sum / (max(labels, 1) if self.config.compat else share))
+            loss = loss_sum / (max(labels, 1) if self.config.compat else share)
+            self.engine.backward(loss * self.scale.factor if self.scale else loss)
             if not is_last:
                 self.engine.step()  # counts the micro-batch; the update is the last one's
         return torch.stack(losses), totals

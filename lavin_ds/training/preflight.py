@@ -87,12 +87,11 @@ def run_checks(arguments: TrainArguments, ranks: int | None) -> tuple[RunConfig 
     def recipe() -> str:
         nonlocal config
         config = load_recipe(arguments.recipe, list(arguments.overrides))
-        return config.name
+        return f"{config.name}: frozen weights {config.model.frozen_dtype}, adapters and optimizer fp32"
 
     check("recipe", recipe)
     if config is None:
         return None, checks
-    check("precision", lambda: _precision(config))
     if ranks is not None:
         check("ranks", lambda: _ranks(config, ranks))
     check("DeepSpeed", lambda: check_deepspeed_config(config.deepspeed))
@@ -108,22 +107,13 @@ def run_checks(arguments: TrainArguments, ranks: int | None) -> tuple[RunConfig 
     return config, checks
 
 
-def _precision(config: RunConfig) -> str:
-    if config.model.frozen_dtype == "fp16":
-        raise UserError(
-            "model.frozen_dtype fp16 is for evaluation only: without a loss scale, gradients underflow in it. "
-            "Train with bf16."
-        )
-    return f"frozen weights {config.model.frozen_dtype}, adapters and optimizer fp32"
-
-
 def _ranks(config: RunConfig, ranks: int) -> str:
     check_world(ranks, config.tensor_parallel)
     training, replicas = config.training, ranks // config.tensor_parallel
     count = micro_batches(training.global_batch, replicas, training.micro_batch)
     return (
         f"{ranks} = {replicas} data parallel x {config.tensor_parallel} tensor parallel; a step is "
-        f"{training.global_batch} samples, {count} micro-batches a rank"
+        f"{training.global_batch} samples, {count} micro-batch{'es' * (count > 1)} a rank"
     )
 
 

@@ -5,7 +5,9 @@ Nothing here imports torch, so that a rank is watching before its first slow imp
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,8 +21,10 @@ from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
 
 LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by lavin_ds.training.launcher
+LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5  # for the launcher to end the ranks that a failed one leaves behind
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "tcpstore")
 
 
@@ -51,6 +55,10 @@ def run(arguments: TrainArguments) -> int:
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            where = error.filename or arguments.out
+            print(f"error: {where}: {error.strerror}. Free space and go on with --resume auto.", file=sys.stderr)
+            return 2
         if any(words in str(error).lower() for words in LOST_PEER):
             _wait(stop)
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
@@ -84,11 +92,16 @@ def watch_launchers() -> None:
         threading.Thread(target=_watch, args=(launchers,), name="watch", daemon=True).start()
 
 
+def is_launcher(command: list[str]) -> bool:
+    """Whether a command line is one of DeepSpeed's launchers; a shell or editor that names it is not."""
+    return any(LAUNCHER.search(word) for word in command[:5])
+
+
 def _launchers() -> list[psutil.Process]:
     found = []
     for ancestor in psutil.Process().parents():
         with suppress(psutil.Error):
-            if not any("deepspeed" in word for word in ancestor.cmdline()[:4]):
+            if not is_launcher(ancestor.cmdline()):
                 break
             found.append(ancestor)
     if LAUNCHER_PID in os.environ:

@@ -22,9 +22,10 @@ from lavin_ds.training.launcher import free_port, train_command
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
 
 from random_base import write_random_base
-from ranks import run_ranks
+from ranks import Spy, run_ranks
 
 TOKENIZER = Path(__file__).parents[2] / "lavin_ds" / "assets" / "tiny" / "llama" / "tokenizer.model"
+NO_SPY = Spy()
 GLOBAL_BATCH, STEPS = 8, 20
 RECIPE = {
     "name": "distributed",
@@ -70,20 +71,11 @@ class Workplace:
         """What `lavin-ds train` starts."""
         return train_command(ranks, None, free_port(), self.arguments(name, *overrides, **more).words())
 
-    def train(
-        self,
-        name: str,
-        ranks: int,
-        *overrides: str,
-        code: int = 0,
-        file_size_limit: int | None = None,
-        keep_values: bool = False,
-        **more,
-    ) -> Run:
+    def train(self, name: str, ranks: int, *overrides: str, code: int = 0, spy: Spy = NO_SPY, **more) -> Run:
         """Trains and waits; fails the test with what was printed unless rank 0 ended with `code`, and the others too
         if it is 0."""
         log = self.folder / f"{name}.log"
-        codes = run_ranks(ranks, self.arguments(name, *overrides, **more), log, file_size_limit, keep_values)
+        codes = run_ranks(ranks, self.arguments(name, *overrides, **more), log, spy)
         assert codes[0] == code and (code or not any(codes)), (codes, log.read_text()[-4000:])
         return Run(self.folder / "runs" / name, log)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,15 +18,24 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run_ranks(world: int, arguments, log: Path, file_size_limit: int | None = None, keep_values: bool = False):
-    """Trains on `world` gloo ranks as launch/train.py does; returns their exit codes. They print to `log`.
+@dataclass(frozen=True)
+class Spy:
+    """What is done to ranks from outside, in the processes that train.
 
     file_size_limit: bytes after which writing a file fails, as on a full disk. keep_values: every rank writes the
-    adapters that it holds at the end to OUT/values-of-rank-N.safetensors.
+    adapters that it holds at the end to OUT/values-of-rank-N.safetensors. fails_at: step at which rank 1's data raises.
     """
+
+    file_size_limit: int | None = None
+    keep_values: bool = False
+    fails_at: int | None = None
+
+
+def run_ranks(world: int, arguments, log: Path, spy: Spy) -> list[int]:
+    """Trains on `world` gloo ranks as launch/train.py does; returns their exit codes. They print to `log`."""
     from lavin_ds.training.launcher import free_port
 
-    given = (world, free_port(), arguments, log, file_size_limit, keep_values)
+    given = (world, free_port(), arguments, log, spy)
     ranks = [_SERVER.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(world)]
     for rank in ranks:
         rank.start()
@@ -37,18 +47,27 @@ def run_ranks(world: int, arguments, log: Path, file_size_limit: int | None = No
     return [rank.exitcode for rank in ranks]
 
 
-def _rank(rank: int, world: int, port: int, arguments, log: Path, file_size_limit, keep_values) -> None:
+def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from lavin_ds.training import checkpoint
+    from lavin_ds.training import checkpoint, feed
     from lavin_ds.training.rank import end, run
 
-    if file_size_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    if keep_values:
+    if spy.file_size_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (spy.file_size_limit, spy.file_size_limit))
+    if spy.fails_at and rank == 1:
+        step = feed.Feed.step
+
+        def fail(self, number):
+            if number == spy.fails_at:
+                raise ValueError("what really happened")
+            return step(self, number)
+
+        feed.Feed.step = fail
+    if spy.keep_values:
         gather = checkpoint.gather_values
 
         def gather_and_keep(*args):

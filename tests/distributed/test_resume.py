@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ranks import Spy
 from safetensors.torch import load_file
 
 from lavin_ds.training.checkpoint import list_steps, load_newest
@@ -49,7 +50,7 @@ def test_resumed_run_ends_bit_identical_with_dropout_on(workplace, uninterrupted
 
 
 def test_adapters_replicated_over_tensor_parallel_ranks_stay_bit_identical_with_dropout_on(workplace):
-    run = workplace.train("replicas", 2, *DROPOUT, "tensor_parallel=2", keep_values=True)
+    run = workplace.train("replicas", 2, *DROPOUT, "tensor_parallel=2", spy=Spy(keep_values=True))
     first, second = (load_file(run.folder / f"values-of-rank-{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys() == run.adapters.keys()
     for name, value in first.items():
@@ -80,12 +81,20 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_checkpoints_before_it(
     copy_up_to_step_14(without_dropout, workplace.folder / "runs" / "full")
     before = checkpoint_files(workplace.folder / "runs" / "full")
     # The limit stands in for a disk: the write of the 35 kB fails in the kernel, half done.
-    run = workplace.train("full", 2, resume="auto", code=2, file_size_limit=20_000)
+    run = workplace.train("full", 2, resume="auto", code=2, spy=Spy(file_size_limit=20_000))
     printed = run.log.read_text()
     said = printed.split("rank 1")[0]  # which only lost its peer
     assert said.count("\nerror: ") == 1 and "Traceback" not in said
     assert "checkpoint of step 20 cannot be written" in said and "--resume auto" in said
     assert checkpoint_files(run.folder) == before
+
+
+def test_a_rank_that_raises_is_read_before_those_that_lost_it(workplace):
+    run = workplace.train("raises", 2, code=1, spy=Spy(fails_at=3))
+    printed = run.log.read_text()
+    assert "ValueError: what really happened" in printed.split("rank 1 failed:")[1].split("failed:")[0]
+    assert "rank 0 failed:" in printed.split("rank 1 failed:")[1]  # nobody ended it here: it says so, and later
+    assert len(run.metrics) == 3
 
 
 def checkpoint_files(run: Path) -> dict[str, bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,8 +71,19 @@ def test_loss_and_accuracy_are_those_of_a_model_asked_one_sample_at_a_time(workp
 
 
 @pytest.fixture(scope="module")
-def alone(workplace):
-    return workplace.train("validated-alone", 1, *EVERY)
+def alone(workplace, tmp_path_factory):
+    config = tmp_path_factory.mktemp("monitored") / "zero1.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True}}))
+    return workplace.train("validated-alone", 1, *EVERY, f"deepspeed={config}")
+
+
+def test_a_monitor_that_the_deepspeed_file_enables_is_told_everything_by_step(alone):
+    told = {path.stem: path.read_text().splitlines()[1:] for path in (alone.folder / "monitors").rglob("*.csv")}
+    for name, key in (("train_loss", "loss"), ("train_gradient_norm", "gradient_norm")):
+        values = [(int(step), float(value)) for step, value in (line.split(",") for line in told[name])]
+        assert values == [(m["step"], m[key]) for m in alone.metrics]
+    assert [int(line.split(",")[0]) for line in told["val_loss"]] == [step for step, *_ in scores(alone)]
+    assert "train_learning_rate" in told and "val_answer_accuracy" in told
 
 
 @pytest.mark.parametrize(
