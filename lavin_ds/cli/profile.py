@@ -40,6 +40,8 @@ class OverridesGroup(TyperGroup):
         return super().parse_args(ctx, written)
 
 
+EFFICIENCY = 0.4  # assumed, not measured
+
 app = typer.Typer(
     help="What a recipe costs: parameters, memory, time and storage, beside the papers' figures. "
     "Changes to the recipe may follow as key=value.",
@@ -58,41 +60,141 @@ def profile(
     run: Annotated[Path | None, typer.Option(help="A finished run: its recipe, and what it measured.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, or the run's ranks.")] = None,
     device: Annotated[
-        str, typer.Option(help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090.")
+        str, typer.Option(help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU.")
     ] = "a100-80g",
+    tflops: Annotated[float | None, typer.Option(help="Of a device of your own, with the next two.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Its memory's, GB a second.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Its size, GB.")] = None,
     data: Annotated[Path | None, typer.Option(help="Shards whose lengths to use; default: ScienceQA's.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples; default: the recipe's.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Positions that memory is for; default: max.")] = None,
-    efficiency: Annotated[float, typer.Option(help="Assumed share of the device's peak rates.")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="Assumed share of the device's peak rates.")] = EFFICIENCY,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
+    as_published: Annotated[bool, typer.Option(help="The authors' way too, and what each saving takes off.")] = False,
+    fit: Annotated[str | None, typer.Option(help="The fastest setting for a card of 24GiB, and its command.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the memory by component.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Write a PNG of the memory over a step.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     if ctx.invoked_subcommand:
         return
-    from lavin_ds.profiling.memory import measured
-    from lavin_ds.profiling.report import make_report, plot_memory
-    from lavin_ds.profiling.time import device_named, from_shards, scienceqa
+    from lavin_ds.profiling.devices import parse_bytes
 
     record = load_run(run) if run else None
     config = _config(recipe, record, overrides or [], micro_batch)
-    chosen = device_named(device)
-    finished = measured(run) if run else None
-    visual_tokens = config.model.visual_tokens
-    if record and not data and record.inputs.data.is_dir():
-        data = record.inputs.data
-    training_set = from_shards(data, visual_tokens) if data else scienceqa(config.data.max_length)
+    chosen = _device(device, tflops, bandwidth, memory)
     gpus = gpus or (record.ranks if record else 8)
-    with console.err.status("simulating a training step"):
-        report = make_report(config, chosen, gpus, training_set, efficiency, length, finished, run)
-    if plot:
-        plot_memory(report, plot)
+    training_set = _training_set(config, record, data)
+    if fit:
+        if record:
+            raise UserError("--fit changes a recipe: give --recipe instead of --run.")
+        _fit(config, recipe, parse_bytes(fit), chosen, gpus, training_set, efficiency, overrides or [], as_json)
+        return
+    report = _report(config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published)
+    written = _write_files(report, plot, timeline, html)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
         return
     _print(report)
+    for path in written:
+        console.err.print(f"wrote {path}", highlight=False)
+
+
+def show_run(run: Path) -> None:
+    """Prints the cost table of a finished run, as `lavin-ds profile --run` heads its report, to stderr."""
+    record = load_run(run)
+    device, training_set = _device("a100-80g"), _training_set(record.config, record, None)
+    report = _report(record.config, record, run, device, record.ranks, training_set)
+    console.err.print(_cost_table(report))
+    console.err.print(_legend(report), highlight=False)
+
+
+def _report(
+    config, record, run, device, gpus, training_set, efficiency=EFFICIENCY, length=None, price=None, as_published=False
+) -> Report:
+    from lavin_ds.profiling.memory import measured
+    from lavin_ds.profiling.report import make_report
+
+    finished = measured(run) if record else None
+    with console.err.status("simulating a training step"):
+        return make_report(
+            config, device, gpus, training_set, efficiency, length, finished, run, price, with_published=as_published
+        )
+
+
+def _device(name: str, tflops: float | None = None, bandwidth: float | None = None, memory: float | None = None):
+    from lavin_ds.profiling.devices import HERE, device_given, device_named
+
+    figures = (tflops, bandwidth, memory)
+    if all(figures):
+        return device_given(*figures)
+    if any(figure is not None for figure in figures):
+        raise UserError("A device of your own needs all three of --tflops, --bandwidth and --memory.")
+    if name == HERE:
+        console.err.print("measuring a few training steps of small models on this CPU", highlight=False)
+    return device_named(name)
+
+
+def _training_set(config: RunConfig, record: RunRecord | None, data: Path | None):
+    from lavin_ds.profiling.time import from_shards, scienceqa
+
+    if record and not data and record.inputs.data.is_dir():
+        data = record.inputs.data
+    return from_shards(data, config.model.visual_tokens) if data else scienceqa(config.data.max_length)
+
+
+def _write_files(report: Report, plot: Path | None, timeline: Path | None, html: Path | None) -> list[Path]:
+    from lavin_ds.files import write_atomically
+    from lavin_ds.profiling.html import html_report
+    from lavin_ds.profiling.plots import plot_memory, plot_timeline
+
+    title = f"{report.config.name}: memory over one step"
     if plot:
-        console.err.print(f"wrote {plot}", highlight=False)
+        plot_memory(report, plot)
+    if timeline:
+        plot_timeline(report.memory, title, timeline)
+    if html:
+        text = html_report(report)
+        write_atomically(html, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return [path for path in (plot, timeline, html) if path]
+
+
+def _fit(config, recipe, limit, device, gpus, training_set, efficiency, overrides, as_json) -> None:
+    from lavin_ds.profiling.fit import find_fit
+
+    with console.err.status("trying settings") as status:
+        found = find_fit(config, limit, device, gpus, training_set, efficiency, status.update)
+    command = found.command(recipe, overrides)
+    if as_json:
+        print(json.dumps(found.as_dict() | {"command": command}, indent=2))
+        return
+    card = f"a card of {limit / 2**30:.1f} GiB ({limit / 1e9:.1f} GB)"
+    if found.best is None:
+        smallest = found.smallest
+        console.out.print(
+            f"{config.name} does not fit {gpus} x {card}: the smallest of {found.tried} settings, "
+            f"{' '.join(smallest.changes) or 'the recipe itself'}, needs {_gigabytes(smallest.peak_bytes)} for its "
+            f"tensors ({_gigabytes(found.weights_bytes)} of them frozen weights) and "
+            f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation. More cards can share "
+            "every layer: give more --gpus.",
+            highlight=False,
+        )
+        return
+    best = found.best
+    console.out.print(
+        f"{config.name} fits {gpus} x {card} with {_gigabytes(best.peak_bytes)} of tensors (simulated) and "
+        f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation.\n"
+        f"{best.time.hours:.1f} hours for the whole recipe on {gpus} x {device.name} (extrapolated): the fastest of "
+        f"{found.tried} settings tried.\n",
+        highlight=False,
+    )
+    console.out.print(command, highlight=False, markup=False, soft_wrap=True)
+
+
+def _gigabytes(bytes: float) -> str:
+    return f"{bytes / 1e9:.1f} GB"
 
 
 @app.command()
@@ -125,27 +227,15 @@ def _config(recipe: str | None, record: RunRecord | None, overrides: list[str], 
     return load_recipe(recipe, overrides)
 
 
-def show_run(run: Path) -> None:
-    """Prints the cost table of a finished run, as `lavin-ds profile --run` heads its report, to stderr."""
-    from lavin_ds.profiling.memory import measured
-    from lavin_ds.profiling.report import make_report
-    from lavin_ds.profiling.time import device_named, from_shards
-
-    record = load_run(run)
-    training_set = from_shards(record.inputs.data, record.config.model.visual_tokens)
-    report = make_report(
-        record.config, device_named("a100-80g"), record.ranks, training_set, 0.4, None, measured(run), run
-    )
-    console.err.print(_cost_table(report))
-    console.err.print(_legend(report), highlight=False)
-
-
 def _print(report: Report) -> None:
     console.out.print(_cost_table(report))
     console.out.print(_legend(report), highlight=False)
     console.out.print()
     console.out.print(_memory_table(report))
     console.out.print()
+    if report.published:
+        console.out.print(_savings_table(report))
+        console.out.print()
     console.out.print(_parameter_table(report.config.name, report.parameters))
     console.out.print()
     for note in report.notes():
@@ -194,6 +284,29 @@ def _memory_table(report: Report) -> Table:
     for name, bytes in memory.components.items():
         table.add_row(name, f"{bytes / size:.3f}", f"{bytes / memory.peak_bytes:.1%}", COMPONENTS[name])
     return table
+
+
+def _savings_table(report: Report) -> Table:
+    stages = report.published.stages
+    table = Table(title=f"{report.config.name}: from the authors' way to ours, GB at the peak", title_justify="left")
+    table.add_column("Each keeps those above it")
+    for heading in ("full\nmicro-batch", "", "average\nmicro-batch", "", "TFLOP"):
+        table.add_column(heading, justify="right")
+    for number, stage in enumerate(stages):
+        before = stages[number - 1] if number else stage
+        table.add_row(
+            stage.name,
+            f"{stage.full_bytes / 1e9:.2f}",
+            _change(stage.full_bytes - before.full_bytes),
+            f"{stage.average_bytes / 1e9:.2f}",
+            _change(stage.average_bytes - before.average_bytes),
+            f"{stage.average_flops / 1e12:.1f}",
+        )
+    return table
+
+
+def _change(bytes: int) -> str:
+    return f"{bytes / 1e9:+.2f}" if abs(bytes) >= 5e6 else ""
 
 
 def _parameter_table(name: str, count: ParameterCount) -> Table:

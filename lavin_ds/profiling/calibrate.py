@@ -10,11 +10,14 @@ Every constant holds for all models: none is fitted to the configuration whose t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 
-from lavin_ds.profiling.memory import Simulation
+from lavin_ds.config import load_recipe
+from lavin_ds.profiling.devices import GB, Device
+from lavin_ds.profiling.memory import Simulation, Workload, simulate
 from lavin_ds.profiling.tracker import Operation
 
 HALF = ("bfloat16", "float16")
@@ -35,6 +38,41 @@ class Rates:
 
     def seconds(self, operations: list[Operation]) -> float:
         return float(amounts(operations) @ np.array(list(asdict(self).values())))
+
+
+# Models small enough to step in a second, that differ in what they spend it on; for `this_cpu`.
+CALIBRATION_MODELS = (
+    (["model.llm={dim: 256, n_layers: 4, n_heads: 4, ffn_dim: 704, vocab_size: 8192}", "model.frozen_dtype=fp32"], 4),
+    (["model.llm={dim: 512, n_layers: 6, n_heads: 8, ffn_dim: 1408, vocab_size: 8192}", "model.frozen_dtype=fp32"], 1),
+    (["model.llm={dim: 384, n_layers: 6, n_heads: 6, ffn_dim: 1024, vocab_size: 8192}"], 4),
+    (["model.llm={dim: 768, n_layers: 4, n_heads: 12, ffn_dim: 2048, vocab_size: 8192}"], 1),
+)
+
+
+def this_cpu() -> Device:
+    """This machine's CPU, one thread a rank, with rates from real steps of four small models. Half a minute."""
+    import psutil
+
+    from lavin_ds.profiling.measure import in_fresh_processes, measure_seconds
+
+    measured = []
+    for changes, samples in CALIBRATION_MODELS:
+        changes = [*changes, "model.vision=null", "deepspeed=zero0", f"training.global_batch={samples}"]
+        config = load_recipe("lavin-7b", changes)
+        workload = Workload(samples, 128, image_fraction=0.0, labelled_fraction=0.7)
+        seconds = in_fresh_processes(1, 1, partial(measure_seconds, config, workload))
+        measured.append((simulate(config, workload), seconds))
+    rates = fit_rates(measured)
+    return Device(
+        name="this CPU",
+        tflops=1e-12 / (rates.half_flop or rates.flop),
+        bandwidth=1e-9 / rates.byte if rates.byte else float("inf"),
+        memory=psutil.virtual_memory().total / GB,
+        watts=None,
+        link=1.0,  # gloo over the loopback of one machine, roughly
+        source=f"{len(measured)} training steps of one thread, measured at the time",
+        rates=rates,
+    )
 
 
 def amounts(operations: list[Operation]) -> np.ndarray:

@@ -13,9 +13,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,12 +30,14 @@ from lavin_ds.parallel import check_world, tensor_parallel_size
 from lavin_ds.profiling.published import PublishedOptions
 from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, first_rank_of, make_fake
 from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker, all_reduced
-from lavin_ds.profiling.zero import ModuleTrace, ZeroPlan, gathered_lives, zero_plan
+from lavin_ds.profiling.zero import ModuleTrace, ZeroPlan, gathered_lives, linear_layers_of, zero_plan
 from lavin_ds.run import adapter_file
 
 NO_ZERO = ZeroPlan()
 FP32 = 4  # bytes
 VISUAL_START = 4  # behind BOS and "Image: ", 3 pieces in LLaMA's tokenizer; costs nothing either way
+
+PHASES = ("forward", "backward", "update", "end")
 
 COMPONENTS = {
     "frozen": "frozen weights: LLaMA and ViT",
@@ -83,6 +86,9 @@ class Simulation:
     phases: dict[str, dict[str, int]]
     moments: dict[str, str]
     operations: list[Operation]
+    # Bytes by component (columns in the order of COMPONENTS) behind every allocation, and its phase's number.
+    timeline: np.ndarray = field(repr=False, compare=False)
+    timeline_phases: np.ndarray = field(repr=False, compare=False)
 
     @property
     def peak_phase(self) -> str:
@@ -195,7 +201,7 @@ def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
     tracker.label((x for state in optimizer.state.values() for x in state.values()), "optimizer")
     tracker.label((x for x in vars(batch).values() if isinstance(x, torch.Tensor)), "batch")
     model.train()
-    with tracker, trace.of(model, tracker) if plan.gathers else nullcontext():
+    with linear_layers_of(plan), tracker, trace.of(model, tracker) if plan.gathers else nullcontext():
         tracker.enter_phase("forward")
         loss_sum, labels = model(batch)
         loss = loss_sum / max(labels, 1)
@@ -242,18 +248,21 @@ def summarise(tracker: Tracker, workload: Workload, plan: ZeroPlan = NO_ZERO, ac
     held, peaks, moments = Counter(zero=plan.standing_bytes(trainable, accumulates)), {}, {}
     shares = {"optimizer": plan.optimizer_share, "frozen": plan.weight_share, "adapters": plan.weight_share}
     lives = [*tracker.lives, *_reduction_buckets(tracker, plan)]
+    timeline, timeline_phases = [], []
     for life, grows in _in_order(lives):
         persists = plan.gathers and math.prod(life.shape) <= plan.persistence_threshold
         share = shares.get(life.label, 1.0) + (1.0 if persists and life.label in ("frozen", "adapters") else 0.0)
         bytes = int(life.bytes * share)
         held[life.label] += bytes if grows else -bytes
         if grows and life.phase != "setup":
+            timeline.append([held[name] for name in COMPONENTS])
+            timeline_phases.append(PHASES.index(life.phase))
             highest = peaks.get(life.phase)
             if highest is None or held.total() > highest.total():
                 peaks[life.phase] = held.copy()
                 moments[life.phase] = f"at {life.operator} {list(life.shape)}"
     phases = {phase: {name: peak[name] for name in COMPONENTS} for phase, peak in peaks.items()}
-    return Simulation(workload, phases, moments, tracker.operations)
+    return Simulation(workload, phases, moments, tracker.operations, np.array(timeline), np.array(timeline_phases))
 
 
 def _reduction_buckets(tracker: Tracker, plan: ZeroPlan) -> list[Life]:
@@ -307,6 +316,6 @@ def measured(run: Path) -> Measured:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         summary["adapter_bytes"] = adapter_file(run).stat().st_size
-        return Measured(**{field.name: summary[field.name] for field in fields(Measured)})
+        return Measured(**{f.name: summary[f.name] for f in fields(Measured)})
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from lavin_ds.config import RunConfig, recomputed_layers
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.memory import COMPONENTS, Measured, Simulation, simulate, worst_case
+from lavin_ds.profiling.devices import GB, OVERHEAD, Device
+from lavin_ds.profiling.memory import Measured, Simulation, simulate, worst_case
 from lavin_ds.profiling.params import ParameterCount, count_parameters
-from lavin_ds.profiling.time import Device, TimeEstimate, TrainingSet, estimate
+from lavin_ds.profiling.savings import AsPublished, as_published
+from lavin_ds.profiling.time import TimeEstimate, TrainingSet, estimate
 
-GB = 1e9  # bytes; as data sheets and file sizes have it
 QUOTED, EXACT, SIMULATED, EXTRAPOLATED, MEASURED = "quoted", "exact", "simulated", "extrapolated", "measured"
 LEGEND = {
     QUOTED: "printed in the papers or the authors' README",
     EXACT: "counted from the model itself",
-    SIMULATED: "one training step of the full model on tensors without memory; no CUDA context, workspaces or "
-    "fragmentation",
+    SIMULATED: "one training step of the full model on tensors without memory; of the tensors alone, but for the "
+    f"row as published, which has the {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation in it",
     EXTRAPOLATED: "operators of simulated steps on the device's roofline, times the recipe's steps",
     MEASURED: "recorded by the finished run",
 }
@@ -60,10 +61,19 @@ class Report:
     time: TimeEstimate | None  # None for an fp32 base: the devices' rates are for bf16
     measured: Measured | None
     run: Path | None
+    published: AsPublished | None = None  # the authors' way, where asked for
+
+    @property
+    def published_memory(self) -> float | None:
+        """The GB that the papers print for this recipe."""
+        method = PAPER_ROW.get(self.config.name)
+        return next((float(row.memory.rstrip("G")) for row in paper.COST_TABLE if row.method == method), None)
 
     def rows(self) -> list[Row]:
         """The papers' rows, the authors' README, then ours."""
         rows = [_quoted(row) for row in (*paper.COST_TABLE, *paper.LITE_TABLE)]
+        if self.published:
+            rows.append(self._as_published_row())
         rows.append(self._our_row())
         if self.measured:
             rows.append(self._measured_row())
@@ -81,6 +91,18 @@ class Report:
             },
         )
 
+    def _as_published_row(self) -> Row:
+        bytes = self.published.with_overhead
+        return Row(
+            f"{self.config.name}, as published",
+            {
+                "trainable": _exact(self.parameters.trainable),
+                "memory": Cell(_gb(bytes), SIMULATED, bytes),
+                "time": NOTHING,
+                "storage": NOTHING,
+            },
+        )
+
     def _measured_row(self) -> Row:
         run, seconds = self.measured, self.measured.seconds
         return Row(
@@ -95,7 +117,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak_bytes < self.device.memory * GB
+        return self.memory.peak_bytes + OVERHEAD < self.device.memory * GB
 
     def notes(self) -> list[str]:
         """What must be known to read the figures."""
@@ -104,29 +126,51 @@ class Report:
         notes = [
             f"Memory: a micro-batch of {workload.samples} x {workload.length} positions, "
             f"{workload.images} with an image, {workload.labelled_fraction:.0%} labelled, {checkpointing}; peak in "
-            f"{self.memory.moment}. {'Below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of "
-            f"{self.device.name}.",
+            f"{self.memory.moment}. With {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation "
+            f"{'below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of {self.device.name}.",
         ]
         if self.time:
-            notes.append(f"Time: {self.gpus} x {self.time.assumption}.")
+            notes.append(f"Time: {self.gpus} x {self.time.assumption}. {self._communication()}")
+            notes.append(f"For the whole recipe: {self._totals()}.")
         else:
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
         if self.measured and self.measured.peak_device_bytes is None:
             notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
         return notes
 
+    def _communication(self) -> str:
+        time = self.time
+        if not time.exchanged_bytes:
+            return "Nothing is exchanged."
+        return (
+            f"Each GPU sends {time.exchanged_bytes / 1e6:,.0f} MB a step, "
+            f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s."
+        )
+
+    def _totals(self) -> str:
+        time = self.time
+        parts = [f"{time.pace.steps:,} steps", f"{time.pace.tokens / 1e6:.0f} million tokens"]
+        parts += [f"{time.hours * time.gpus:.1f} GPU hours"]
+        if time.kilowatt_hours is not None:
+            parts.append(f"{time.kilowatt_hours:.1f} kWh at the GPUs' full board power")
+        if time.price is not None:
+            parts.append(f"{time.price:,.2f} at the price given")
+        return ", ".join(parts)
+
     def as_dict(self) -> dict:
         """What --json prints; bytes, seconds, hours and counts are plain numbers."""
         return {
             "recipe": self.config.name,
             "source": self.config.source,
-            "device": self.device.name,
+            "device": self.device.as_dict(),
             "gpus": self.gpus,
             "fits": self.fits,
             "parameters": self.parameters.as_dict(),
             "memory": self.memory.as_dict(),
             "time": self.time.as_dict() if self.time else None,
             "measured": self.measured.as_dict() if self.measured else None,
+            "as_published": self.published.as_dict() if self.published else None,
+            "overhead_bytes": int(OVERHEAD),
             "table": [row.as_dict() for row in self.rows()],
             "legend": LEGEND,
             "notes": self.notes(),
@@ -143,12 +187,14 @@ def make_report(
     length: int | None = None,
     measured: Measured | None = None,
     run: Path | None = None,
+    price: float | None = None,
+    with_published: bool = False,
 ) -> Report:
     """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
     # Time first: it finds fault with the number of GPUs at once.
     time = None
-    if config.model.frozen_dtype != "fp32":
-        time = estimate(config, training_set, device, gpus, efficiency)
+    if config.model.frozen_dtype != "fp32" or device.rates:
+        time = estimate(config, training_set, device, gpus, efficiency, price)
     return Report(
         config=config,
         device=device,
@@ -158,34 +204,8 @@ def make_report(
         time=time,
         measured=measured,
         run=run,
+        published=as_published(config, training_set) if with_published else None,
     )
-
-
-def plot_memory(report: Report, path: Path) -> None:
-    """Stacked bars of each phase's peak by component, with the device's memory and the papers' figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    phases = list(report.memory.phases)
-    left = [0.0] * len(phases)
-    largest = max(max(held.values()) for held in report.memory.phases.values())
-    for number, name in enumerate(COMPONENTS):
-        widths = [report.memory.phases[phase][name] / GB for phase in phases]
-        if max(widths) > largest / GB * 0.002:  # thinner than a line
-            axes.barh(phases, widths, left=left, label=name, color=f"C{number}")
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for y, total in enumerate(left):
-        axes.text(total, y, f" {total:.1f}", va="center")
-    axes.axvline(report.device.memory, color="black", linestyle="--", linewidth=1, label=report.device.name)
-    published = _published_memory(report.config.name)
-    if published:
-        axes.axvline(published, color="black", linestyle=":", linewidth=1, label="paper")
-    axes.invert_yaxis()
-    axes.set_xlabel("GB on one GPU (simulated)")
-    axes.set_title(f"{report.config.name}: peak of each phase of a step", loc="left")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def _recomputation(config: RunConfig) -> str:
@@ -194,11 +214,6 @@ def _recomputation(config: RunConfig) -> str:
         return "no recomputation"
     layers = recomputed_layers(checkpointing, n_layers)
     return f"{layers} of {n_layers} LLaMA layers" + (" and the ViT" if config.model.has_vit else "") + " recomputed"
-
-
-def _published_memory(recipe: str) -> float | None:
-    method = PAPER_ROW.get(recipe)
-    return next((float(row.memory.rstrip("G")) for row in paper.COST_TABLE if row.method == method), None)
 
 
 def _quoted(row: paper.CostRow) -> Row:

@@ -1,16 +1,17 @@
 """Time of a recipe, extrapolated: the operators of a simulated step on a roofline, times the steps.
 
 An operator takes the longer of its arithmetic at the device's peak rate and its traffic at the device's
-bandwidth; the sum is divided by an assumed efficiency. Left out: the ranks' exchange of gradients (15 MB a step
-at 7B), loading, evaluation, and the waiting of one rank for another beyond what lengths explain.
+bandwidth; the sum is divided by an assumed efficiency. What ranks send to one another (gradients, the sums of tensor
+parallelism, ZeRO-3's gathering) goes at the speed of the device's link and is added. Left out: loading, evaluation, and
+the waiting of one rank for another beyond what lengths explain.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,42 +19,12 @@ from lavin_ds.config import RunConfig
 from lavin_ds.data.sampler import assign, global_batch_indices, micro_batches, total_steps
 from lavin_ds.errors import UserError
 from lavin_ds.parallel import check_world
-from lavin_ds.profiling.memory import Simulation, Workload, simulate
+from lavin_ds.profiling.devices import GB, Device
+from lavin_ds.profiling.layers import from_few_layers
+from lavin_ds.profiling.memory import Simulation, Workload
 
 DEFAULT_EFFICIENCY = 0.4  # assumed, not measured
 STEPS_LOOKED_AT = 200  # optimizer steps whose lengths are averaged
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU by its data sheet: dense (not sparse) bf16 with fp32 accumulation, memory bandwidth, memory."""
-
-    name: str
-    tflops: float  # 1e12 operations a second
-    bandwidth: float  # 1e9 bytes a second
-    memory: float  # 1e9 bytes, at least; data sheets write GB
-    source: str
-
-
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("a100-40g", 312, 1555, 40, "NVIDIA A100 data sheet, PCIe and SXM 40 GB"),
-        Device("a100-80g", 312, 2039, 80, "NVIDIA A100 data sheet, SXM 80 GB"),
-        Device("h100-80g", 989, 3350, 80, "NVIDIA H100 data sheet, SXM; half of its figure with sparsity"),
-        Device("h200", 989, 4800, 141, "NVIDIA H200 data sheet; half of its figure with sparsity"),
-        Device("l4", 121, 300, 24, "NVIDIA L4 data sheet; half of its figure with sparsity"),
-        Device("rtx-3090", 71, 936, 24, "NVIDIA GA102 white paper, appendix A"),
-        Device("rtx-4090", 165.2, 1008, 24, "NVIDIA Ada white paper, appendix A"),
-    )
-}
-
-
-def device_named(name: str) -> Device:
-    """Raises UserError for a device that is not in DEVICES."""
-    if name not in DEVICES:
-        raise UserError(f"No device '{name}': give one of {', '.join(DEVICES)}.")
-    return DEVICES[name]
 
 
 @dataclass(frozen=True)
@@ -132,12 +103,12 @@ def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
     steps = total_steps(count, training.epochs, training.global_batch)
     samples = training.global_batch / (ranks * per_rank)
     no_image = np.zeros(training.global_batch, dtype=bool)  # which samples have one is not known
-    critical = []
+    critical = []  # positions a sample of the fullest micro-batch of a moment
     for step in range(min(steps, STEPS_LOOKED_AT)):
         chosen = global_batch_indices(count, training.global_batch, training.seed, step)
-        dealt = assign(chosen, lengths[chosen], no_image, ranks, training.micro_batch)
-        padded = [[len(piece) * lengths[piece].max() for piece in part] for part in dealt]
-        critical += [positions / samples for positions in np.max(padded, axis=0)]
+        dealt = assign(chosen, lengths[chosen], no_image, ranks, training.micro_batch, training.packing)
+        filled = [[_positions(lengths[piece], training.packing) for piece in part] for part in dealt]
+        critical += [positions / samples for positions in np.max(filled, axis=0)]
     return Pace(
         steps=steps,
         micro_batches=per_rank,
@@ -148,9 +119,14 @@ def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
     )
 
 
+def _positions(lengths: np.ndarray, packing: bool) -> int:
+    """That a micro-batch of these samples is computed on, padding included."""
+    return int(lengths.sum()) if packing else len(lengths) * int(lengths.max())
+
+
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Extrapolated time of a whole recipe. step_seconds is of one optimizer step."""
+    """Extrapolated time, energy and price of a whole recipe. step_seconds is of one optimizer step."""
 
     device: str
     gpus: int
@@ -158,7 +134,11 @@ class TimeEstimate:
     hours: float
     step_seconds: float
     step_flops: float  # of one rank
-    roofline_seconds: float  # of one optimizer step at efficiency 1
+    roofline_seconds: float  # of one optimizer step at efficiency 1, without communication
+    communication_seconds: float  # of one optimizer step, none of it hidden behind arithmetic
+    exchanged_bytes: int  # that a rank sends in one optimizer step
+    kilowatt_hours: float | None  # of the GPUs alone, at their full board power
+    price: float | None  # of all GPU hours
     pace: Pace
     assumption: str
 
@@ -172,82 +152,68 @@ def estimate(
     device: Device,
     gpus: int,
     efficiency: float = DEFAULT_EFFICIENCY,
+    price: float | None = None,
 ) -> TimeEstimate:
-    """Hours for the whole recipe on `gpus` devices."""
+    """Hours for the whole recipe on `gpus` devices; `price` is of one GPU for one hour."""
     if not 0 < efficiency <= 1:
         raise UserError(f"efficiency is {efficiency}: it must lie above 0 and at most at 1.")
+    if device.rates:
+        efficiency = 1.0  # measured, not assumed
     walk = pace(training_set, config, gpus)
-    flops, seconds = _micro_step(config, training_set, walk, device)
-    roofline = walk.micro_batches * seconds
-    step_seconds = roofline / efficiency
+    costs = _micro_step(config, training_set, walk, device, gpus)
+    roofline = walk.micro_batches * costs.roofline_seconds
+    exchanged = walk.micro_batches * costs.exchanged + costs.exchanged_once
+    communication = exchanged / (device.link * GB)
+    step_seconds = roofline / efficiency + communication
+    hours = walk.steps * step_seconds / 3600
+    speed = "rates measured just now" if device.rates else f"{efficiency:.0%} of its roofline"
     return TimeEstimate(
         device=device.name,
         gpus=gpus,
         efficiency=efficiency,
-        hours=walk.steps * step_seconds / 3600,
+        hours=hours,
         step_seconds=step_seconds,
-        step_flops=walk.micro_batches * flops,
+        step_flops=walk.micro_batches * costs.flops,
         roofline_seconds=roofline,
+        communication_seconds=communication,
+        exchanged_bytes=int(exchanged),
+        kilowatt_hours=hours * gpus * device.watts / 1000 if device.watts else None,
+        price=None if price is None else hours * gpus * price,
         pace=walk,
         assumption=(
-            f"{device.name} at {efficiency:.0%} of its roofline; {training_set.source}, mean "
+            f"{device.name} at {speed}; {training_set.source}, mean "
             f"{walk.mean_length:.0f} positions; {walk.critical_length:.0f} with padding and with the waiting for "
             "the rank that holds the most at the time"
         ),
     )
 
 
-def roofline_seconds(simulation: Simulation, device: Device) -> float:
-    """The simulated micro-batch at the device's peak rates."""
-    rate, bandwidth = device.tflops * 1e12, device.bandwidth * 1e9
-    return sum(max(o.flops / rate, o.bytes / bandwidth) for o in simulation.operations)
+class MicroStep(NamedTuple):
+    """What one rank does for one micro-batch."""
+
+    flops: float
+    roofline_seconds: float
+    exchanged: float  # bytes sent in every micro-batch
+    exchanged_once: float  # and in every optimizer step
 
 
-def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device) -> tuple[float, float]:
-    """FLOPs and roofline seconds of the average micro-batch."""
+def micro_step(simulation: Simulation, device: Device) -> MicroStep:
+    once = sum(o.exchanged for o in simulation.operations if o.phase == "update")
+    every = sum(o.exchanged for o in simulation.operations) - once
+    return MicroStep(simulation.flops(), device.seconds(simulation), every, once)
+
+
+def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, gpus: int) -> MicroStep:
+    """Of the average micro-batch."""
     samples = max(1, round(walk.samples))
     images = samples * training_set.image_fraction if config.model.vision else 0.0
     low, share = math.floor(images), images % 1
-    labelled = training_set.labelled_fraction * walk.mean_length / walk.critical_length
+    labelled = min(1.0, training_set.labelled_fraction * walk.mean_length / walk.critical_length)
 
     def measure(count: int) -> np.ndarray:
         workload = Workload(samples, round(walk.critical_length), count / samples, labelled)
-        return linear_in_layers(
-            config, workload, lambda s: np.array([s.flops(), roofline_seconds(s, device)], dtype=float)
-        )
+        return from_few_layers(config, workload, lambda s: np.array(micro_step(s, device)), gpus)
 
     # A whole number of images is simulated, so an average between two numbers takes both.
     costs = measure(low) if not share else (1 - share) * measure(low) + share * measure(low + 1)
-    costs = costs * walk.samples / samples
-    return float(costs[0]), float(costs[1])
-
-
-def linear_in_layers(config: RunConfig, workload: Workload, measure: Callable[[Simulation], np.ndarray]):
-    """`measure` of a step of the whole model, from models with one and two parts of each tower.
-
-    A part is a LLaMA layer, or the ViT's blocks from one [cls] token that is read out to the next. All parts of
-    a tower do the same work, so any sum over operators is linear in their numbers: exact, and ten times faster.
-    """
-    small = _with_parts(config, 1, 1)
-    base = measure(simulate(small, workload, config.tensor_parallel))
-    total = base
-    layers, groups = config.model.llm.n_layers, config.model.visual_tokens
-    if layers > 1:
-        total = total + (layers - 1) * (
-            measure(simulate(_with_parts(config, 2, 1), workload, config.tensor_parallel)) - base
-        )
-    if groups > 1:
-        total = total + (groups - 1) * (
-            measure(simulate(_with_parts(config, 1, 2), workload, config.tensor_parallel)) - base
-        )
-    return total
-
-
-def _with_parts(config: RunConfig, layers: int, groups: int) -> RunConfig:
-    """The recipe with `layers` LLaMA layers and `groups` visual tokens."""
-    model = config.model
-    update = {"llm": model.llm.model_copy(update={"n_layers": layers})}
-    if model.vision:
-        blocks = groups * model.vision.cls_every
-        update["vision"] = model.vision.model_copy(update={"layers": blocks})
-    return config.model_copy(update={"model": model.model_copy(update=update)})
+    return MicroStep(*(costs * walk.samples / samples))

@@ -7,7 +7,8 @@ over the ranks. From a micro-batch's first gradient to the end of its backward p
 `reduce_bucket_size` elements (setup_buckets), two with overlap_comm, however few gradients there are.
 
 Stage 3 (stage3.py, partition_parameters.py, partitioned_param_coordinator.py): every parameter is divided too, and
-gathered while it is in use. The reduction buffer and the rank's gradients are there all the time.
+gathered while it is in use. The reduction buffer and the rank's gradients are there all the time. Linear layers are
+DeepSpeed's own, which keep their inputs for backward even where the weight is frozen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -88,6 +90,22 @@ def zero_plan(config: RunConfig, gpus: int) -> ZeroPlan:
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", 1e9)),
         max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
     )
+
+
+@contextmanager
+def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
+    """torch.nn.functional.linear as stage 3 replaces it (zero.Init, mem_efficient_linear)."""
+    if plan.stage != 3:
+        yield
+        return
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # takes seconds, and stage 3 alone needs it
+
+    plain = F.linear
+    F.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        F.linear = plain
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """`lavin-ds profile`: what it prints and what --json holds."""
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,46 @@ def test_table_says_what_its_marks_mean_and_overrides_stand_bare(recipe, tmp_pat
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_html_holds_its_pictures_and_asks_for_nothing(recipe, tmp_path):
+    page, picture = tmp_path / "report.html", tmp_path / "timeline.png"
+    arguments = ("--recipe", str(recipe), "model.vision=null", "--length", "96", "--as-published", "--price", "2")
+    report = json.loads(invoke(*arguments, "--html", str(page), "--timeline", str(picture), "--json"))
+    assert report["time"]["price"] == pytest.approx(16 * report["time"]["hours"])
+    text = page.read_text()
+    sources = re.findall(r'(?:src|href)="(.{22})', text)
+    assert sources == ["data:image/png;base64,"] * 3
+    assert "http" not in text and "@import" not in text and "<script" not in text
+    assert "LaVIN-13B" in text and "55.9G" in text and "the authors&#x27; way" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    theirs = report["as_published"]
+    assert theirs["peak_bytes"] == sum(theirs["components"].values())
+    assert [row["method"] for row in report["table"]][-2] == "tiny, as published"
+
+
+class Balanced(HTMLParser):
+    """Fails on an end tag that does not close the tag opened last."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_fit_prints_a_command(recipe):
+    text = invoke("--recipe", str(recipe), "--gpus", "1", "--fit", "24GiB", "data.max_length=64")
+    assert "fits 1 x a card of 24.0 GiB" in text
+    assert "lavin-ds train --recipe" in text and "data.max_length=64" in text
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -67,6 +109,8 @@ def test_table_says_what_its_marks_mean_and_overrides_stand_bare(recipe, tmp_pat
         (("--recipe", "lavin-7b", "model.nek_dim=3"), "unknown key model.nek_dim"),
         (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be dealt"),
         (("--run", "/nowhere"), "not a run directory"),
+        (("--recipe", "lavin-7b", "--fit", "big"), "no amount of memory"),
+        (("--recipe", "lavin-7b", "--tflops", "100"), "needs all three"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message):

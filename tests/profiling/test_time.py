@@ -10,29 +10,29 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.errors import UserError
+from lavin_ds.profiling.devices import DEVICES, device_named, parse_bytes
+from lavin_ds.profiling.layers import from_few_layers, peak_components
 from lavin_ds.profiling.memory import Workload, simulate
-from lavin_ds.profiling.time import (
-    DEVICES,
-    TrainingSet,
-    device_named,
-    estimate,
-    from_shards,
-    linear_in_layers,
-    pace,
-    roofline_seconds,
-    scienceqa,
-)
+from lavin_ds.profiling.params import count_parameters
+from lavin_ds.profiling.time import TrainingSet, estimate, from_shards, micro_step, pace, scienceqa
 
 DEVICE = DEVICES["a100-80g"]
 
 
-def measure(simulation):
-    return np.array([simulation.flops(), roofline_seconds(simulation, DEVICE)])
-
-
 def test_a_step_is_linear_in_the_layers_of_both_towers(tiny):
     workload = Workload(2, 64, 0.5, 0.5)
-    assert linear_in_layers(tiny, workload, measure) == pytest.approx(measure(simulate(tiny, workload)), rel=1e-9)
+    llm = tiny.model.llm.model_copy(update={"n_layers": 5})
+    vision = tiny.model.vision.model_copy(update={"layers": 4})
+    config = tiny.model_copy(update={"model": tiny.model.model_copy(update={"llm": llm, "vision": vision})})
+
+    def measure(simulation):
+        return np.array([*micro_step(simulation, DEVICE), *peak_components(simulation)])
+
+    for changes in ({}, {"activation_checkpointing": True}):
+        changed = config.model_copy(update={"training": config.training.model_copy(update=changes)})
+        for gpus in (1, 2):
+            whole = measure(simulate(changed, workload, gpus))
+            assert from_few_layers(changed, workload, measure, gpus) == pytest.approx(whole, rel=1e-6, abs=64)
 
 
 def test_the_assumed_training_set_is_scienceqa():
@@ -67,8 +67,12 @@ def test_hours_follow_from_steps_and_roofline(tiny):
     training_set = TrainingSet(np.full(64, 100), 0.5, 0.7, "64 samples")
     full, half = (estimate(config, training_set, DEVICE, 2, efficiency) for efficiency in (1.0, 0.5))
     assert full.pace.steps == 40  # 64 samples x 20 epochs / 32
-    assert full.hours == pytest.approx(40 * full.roofline_seconds / 3600)
-    assert half.hours == pytest.approx(2 * full.hours)
+    assert full.hours == pytest.approx(40 * (full.roofline_seconds + full.communication_seconds) / 3600)
+    assert half.step_seconds == pytest.approx(full.step_seconds + full.roofline_seconds)
+    # Two ranks each send their gradients once: half to be summed, half of the sums.
+    assert full.exchanged_bytes == pytest.approx(4 * count_parameters(config).trainable, rel=0.001)
+    assert full.kilowatt_hours == pytest.approx(full.hours * 2 * 0.4)
+    assert estimate(config, training_set, DEVICE, 2, 1.0, price=3.0).price == pytest.approx(full.hours * 6)
     with pytest.raises(UserError, match="efficiency is 0"):
         estimate(config, training_set, DEVICE, 2, 0)
 
@@ -76,3 +80,10 @@ def test_hours_follow_from_steps_and_roofline(tiny):
 def test_unknown_devices_are_refused_by_name():
     with pytest.raises(UserError, match="a100-80g"):
         device_named("abacus")
+
+
+@pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("24 GB", 24_000_000_000), ("80", 80_000_000_000)])
+def test_sizes_are_read_with_their_units(text, size):
+    assert parse_bytes(text) == size
+    with pytest.raises(UserError, match="no amount of memory"):
+        parse_bytes("a lot")

@@ -1,0 +1,74 @@
+"""Figures of a step of the whole model from steps of models with a few layers, many times faster.
+
+All LLaMA layers do the same work, and so do all parts of the ViT: its blocks from one [cls] token that is read out to
+the next. So any sum over operators is linear in their numbers, and so is what is held at a given moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lavin_ds.config import RunConfig
+from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate
+from lavin_ds.profiling.published import PublishedOptions
+
+BASE = (2, 1)  # LLaMA layers and parts of the ViT of the smallest model
+
+
+def from_few_layers(
+    config: RunConfig,
+    workload: Workload,
+    measure: Callable[[Simulation], np.ndarray],
+    gpus: int = 1,
+    published: PublishedOptions | None = None,
+) -> np.ndarray:
+    """`measure` of a step of the whole model, for a measure that is linear in the numbers of layers and parts.
+
+    The same holds for a number of recomputed layers, between none and all.
+    """
+    recomputed = config.training.activation_checkpointing
+    if type(recomputed) is int:
+        few, everything = (
+            from_few_layers(_recomputing(config, value), workload, measure, gpus, published)
+            for value in ("vision", True)
+        )
+        return few + (everything - few) * recomputed / config.model.llm.n_layers
+
+    def at(layers: int, parts: int) -> np.ndarray:
+        return measure(simulate(_with_parts(config, layers, parts), workload, gpus, published))
+
+    layers, parts = config.model.llm.n_layers, config.model.visual_tokens if config.model.has_vit else 0
+    if layers < BASE[0]:
+        return measure(simulate(config, workload, gpus, published))
+    base = at(*BASE)
+    total = base
+    if layers > BASE[0]:
+        total = total + (layers - BASE[0]) * (at(BASE[0] + 1, BASE[1]) - base)
+    if parts > BASE[1]:
+        total = total + (parts - BASE[1]) * (at(BASE[0], BASE[1] + 1) - base)
+    return total
+
+
+def peak_components(simulation: Simulation) -> np.ndarray:
+    """Bytes by component at the step's peak, for `from_few_layers`.
+
+    The peak is at the same moment in small and large models alike, or the result is too low: where it matters, the
+    whole model is simulated as well.
+    """
+    return np.array([simulation.components[name] for name in COMPONENTS], dtype=float)
+
+
+def _with_parts(config: RunConfig, layers: int, parts: int) -> RunConfig:
+    """The recipe with `layers` LLaMA layers and, if it has a ViT, `parts` visual tokens."""
+    model = config.model
+    update = {"llm": model.llm.model_copy(update={"n_layers": layers})}
+    if model.has_vit:
+        update["vision"] = model.vision.model_copy(update={"layers": parts * model.vision.cls_every})
+    return config.model_copy(update={"model": model.model_copy(update=update)})
+
+
+def _recomputing(config: RunConfig, value: bool | str) -> RunConfig:
+    training = config.training.model_copy(update={"activation_checkpointing": value})
+    return config.model_copy(update={"training": training})
