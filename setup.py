@@ -44,9 +44,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8"],
-        "lite": ["bitsandbytes>=0.43"],
-        "web": ["gradio>=5"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
         "metrics": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.16"],
     },

@@ -6,6 +6,7 @@ A recipe is one flat YAML file that states everything a run depends on, except w
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -250,8 +251,10 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
     elif path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
+        near = get_close_matches(name_or_file, recipe_names(), n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"No recipe '{name_or_file}': give a YAML file that exists or one of {', '.join(recipe_names())}."
+            f"No recipe '{name_or_file}'.{meant} Give a YAML file that exists or one of {', '.join(recipe_names())}."
         )
     try:
         raw = yaml.safe_load(text)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import lavin_ds
 from lavin_ds.data_prep.sample import generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1400)]
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -24,7 +24,7 @@ def features(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace features of another kind.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Compute every image's [cls] features once, for recipes with model.vision_source: cached."""
+    r"""Compute every image's \[cls] features once, for recipes with model.vision_source: cached."""
     import torch
 
     from lavin_ds.data_prep.features import extract, finish, plan

@@ -24,13 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lavin_ds.data.shards import file_sha256
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
 from lavin_ds.training import scale
+from lavin_ds.weights.tensor_files import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -103,8 +104,7 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
     try:
         unfinished.mkdir(parents=True)
         state = unfinished / "state.safetensors"
-        save_file(tensors, state)
-        sync(state)
+        save_tensors(tensors, state)
         write_json(unfinished / "state.json", asdict(at) | {"sha256": file_sha256(state)})
         final = folder / _name(at.step)
         shutil.rmtree(final, ignore_errors=True)

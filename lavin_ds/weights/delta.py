@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lavin_ds.config import LlamaConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
 from lavin_ds.weights.llama import HuggingFaceLlama, MetaLlama, Slice, check_llama, llama_shapes, open_llama
+from lavin_ds.weights.tensor_files import save_tensors
 
 FILE_BYTES = 1_000_000_000
 GROWING = ("tok_embeddings.weight", "output.weight")  # with the vocabulary
@@ -163,8 +163,7 @@ class _Writer:
     def _write(self) -> None:
         self.files += 1
         file = self.folder / f"model-{self.files:05d}.safetensors"
-        save_file(self._held, file, metadata={"format": "pt"})
-        sync(file)
+        save_tensors(self._held, file, metadata={"format": "pt"})
         self._weight_map |= dict.fromkeys(self._held, file.name)
         self.bytes += sum(t.nbytes for t in self._held.values())
         self._held = {}

@@ -16,10 +16,24 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lavin_ds.errors import UserError
+from lavin_ds.files import sync
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file with the permissions of any other new file, and flushes it to disk.
+
+    Left to itself, safetensors lets nobody but the owner read what it wrote.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+    sync(path)
 
 
 class SafetensorsFile:
