@@ -81,6 +81,11 @@ class Workspace:
             if path.name not in wanted:
                 path.unlink()
 
+    def _drop_half_files(self) -> None:
+        """What workers that were ended in the middle of a file left behind, so that a full disk has its space back."""
+        for path in self.shards.glob(".*"):
+            path.unlink(missing_ok=True)
+
     def _append(self, line: dict) -> None:
         self._progress.write(json.dumps(line).encode() + b"\n")
         self._progress.flush()
@@ -107,7 +112,10 @@ def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: 
         part.mkdir(parents=True, exist_ok=True)
         with open(part / "lock", "w") as lock, _locked(lock, out):
             workspace._start(inputs, restart)
-            yield workspace
+            try:
+                yield workspace
+            finally:
+                workspace._drop_half_files()
     except OSError as error:
         where = error.filename or out
         raise UserError(

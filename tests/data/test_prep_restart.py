@@ -21,10 +21,10 @@ from lavin_ds.errors import UserError
 
 FILE = 2  # records and images a file, so that a small job has many tasks
 SMALL_FILES = f"""
-from lavin_ds.cli import prep
+from lavin_ds.cli import main
 from lavin_ds.data_prep import pipeline
 pipeline.RECORDS_PER_FILE = pipeline.IMAGES_PER_FILE = {FILE}
-prep.app()
+main.run()
 """
 
 
@@ -63,7 +63,7 @@ class Command:
         self.progress = tmp_path / ".shards.part" / "progress.jsonl"
         options = {"--data": data, "--tokenizer": tokenizer_file, "--out": self.out, "--recipe": recipe}
         words = [str(word) for pair in options.items() for word in pair]
-        self.words = [sys.executable, "-c", SMALL_FILES, "scienceqa", *words, "--on-error", "skip"]
+        self.words = [sys.executable, "-c", SMALL_FILES, "prep", "scienceqa", *words, "--on-error", "skip"]
 
     def finish(self, *more: str, **options) -> subprocess.CompletedProcess:
         return subprocess.run([*self.words, *more], capture_output=True, text=True, timeout=60, **options)
