@@ -20,8 +20,10 @@ def test_frequent_updates_are_not_all_written(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(console, "err", console.Console(stderr=True, force_terminal=True))
     with console.progress("counting") as update:
         update(1, 2)
         update(2)
+    written = capsys.readouterr().err
+    assert "counting" in written and "\x1b[" in written and "counting: 1/2" not in written
