@@ -165,6 +165,7 @@ def seconds(out: Out, only: Only = None) -> None:
 
 
 def _measure(path: Path, cases: tuple[Case, ...], measure: Callable[[Callable], dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
