@@ -227,6 +227,19 @@ class RunConfig(Section):
         return self
 
 
+def check_world(world_size: int, tensor_parallel: int) -> None:
+    """Refuses a number of ranks that the tensor-parallel degree does not divide.
+
+    Raises:
+        UserError: too few ranks, or a number that is not a multiple of `tensor_parallel`.
+    """
+    if world_size % tensor_parallel:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel} needs a multiple of {tensor_parallel} ranks, but there "
+            f"{'is' if world_size == 1 else 'are'} {world_size}: start more ranks or set tensor_parallel=1."
+        )
+
+
 def recomputed_layers(checkpointing: Checkpointing, n_layers: int) -> int:
     """How many of the LLaMA layers are recomputed in backward; the ViT is whenever `checkpointing` is not False."""
     if isinstance(checkpointing, bool):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -15,8 +14,11 @@ from rich.text import Text
 
 from lavin_ds.cli import console
 from lavin_ds.config import load_recipe
-from lavin_ds.data.schema import LengthCounts, check_manifest
-from lavin_ds.data_prep.inspect import Report, SampleView, inspect, plot, view
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lavin_ds.data_prep.inspect import Report, SampleView
 
 STYLES = {
     "modality token": "bold magenta",
@@ -43,6 +45,9 @@ def inspect_shards(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what is in a shard directory: counts, lengths, padding, the manifest, and a sample."""
+    from lavin_ds.data.schema import check_manifest
+    from lavin_ds.data_prep.inspect import inspect, plot, view
+
     config = load_recipe(recipe, overrides or []) if recipe else None
     visual = config.model.visual_tokens if config else None
     batches = (config.training.global_batch, config.training.micro_batch) if config else (32, 4)
@@ -97,6 +102,8 @@ def _show_manifest(report: Report, out: Console) -> None:
 
 def _splits_table(report: Report) -> Table:
     """A row a split, 80 columns at most; what the length limit made of samples that are not whole, if it did."""
+    from lavin_ds.data.schema import LengthCounts
+
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
     outcomes = [outcome for outcome in outcomes if outcome != "whole"]
     caption = "median, mean, max: positions of a sample laid out for training"
@@ -165,6 +172,7 @@ def token_text(shown: SampleView, brackets: bool) -> Text:
 
 def half_blocks(pixels_SS3: np.ndarray, columns: int) -> Text:
     """A picture of `columns` characters a line: each shows two pixels, one above the other."""
+    import numpy as np
     from PIL import Image
 
     small = np.asarray(Image.fromarray(pixels_SS3).resize((columns, columns - columns % 2)))

@@ -2,6 +2,8 @@
 
 Tensors come out as views of the mapped file: a byte is read when it is touched, so a slice costs only itself.
 Nothing in a file is executed: torch files are unpickled by torch's `weights_only` reader.
+
+torch, which takes seconds to import, is imported where tensors are: names and shapes of .safetensors need none.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ import mmap
 import re
 import sys
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
+
+if TYPE_CHECKING:
+    import torch
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -29,6 +34,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
     Left to itself, safetensors lets nobody but the owner read what it wrote.
     """
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
@@ -46,14 +53,21 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
+            header = safe_open(path, framework="np")
+            names = header.keys()  # it is no dict: it cannot be iterated
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors ({error}): is its download complete?") from None
+        self.metadata: dict[str, str] = header.metadata() or {}
+        self.shapes = {name: tuple(header.get_slice(name).get_shape()) for name in names}
+
+    @cached_property
+    def _file(self):
+        try:
+            return safe_open(self.path, framework="pt")
         except RuntimeError as error:  # torch's
-            raise UserError(f"{path} cannot be mapped ({error}): has this machine less memory than the file?") from None
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        names = self._file.keys()
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+            raise UserError(
+                f"{self.path} cannot be mapped ({error}): has this machine less memory than the file?"
+            ) from None
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_slice(name)[...]
@@ -71,6 +85,8 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, key: str = "state_dict", allowed_globals: tuple = ()):
+        import torch
+
         self.path = path
         content = load_torch(path, allowed_globals)
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -89,6 +105,8 @@ class TorchFile:
 
 def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
     """torch.load, mapped and without executing anything; `allowed_globals` are classes it may build besides."""
+    import torch
+
     allowed = torch.serialization.safe_globals(list(allowed_globals)) if allowed_globals else nullcontext()
     try:
         with allowed:

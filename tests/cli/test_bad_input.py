@@ -138,3 +138,15 @@ def test_resuming_with_another_recipe_names_the_key(train, shards, tmp_path):
     (run / "run.json").write_text(json.dumps(record))
     done = train(shards, run, "training.peak_lr=1.0", "--resume", "auto")
     assert done.code == 2 and "training.peak_lr" in done.stderr
+
+
+def test_a_run_is_checked_without_importing_torch(shards, tmp_path):
+    """Seconds of a wait that nobody needs: the files of a run are compared with its recipe by their headers."""
+    said = (
+        "import sys; from lavin_ds.cli import main; from lavin_ds.training import launcher\n"
+        "launcher.disk_check = lambda *_: sys.exit(' '.join({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))\n"
+        "main.run()"
+    )
+    command = [sys.executable, "-c", said, *words_of(shards, tmp_path / "run", "--ranks", "2")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr  # what was imported when all the checks of files had passed
