@@ -242,10 +242,10 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
 
     peak = simulate(config, worst_case(config), ranks).peak_bytes
     if torch.cuda.is_available():
-        has, where = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
+        has, where = torch.cuda.get_device_properties(0).total_memory, f"in {torch.cuda.get_device_name(0)}"
     else:
-        has, where = psutil.virtual_memory().available // local_ranks, f"the free memory here for each of {local_ranks}"
-    said = f"{_size(peak)} a rank at full length (simulated), {_size(has)} in {where}"
+        has, where = psutil.virtual_memory().available // local_ranks, "of this machine's free memory, no GPU"
+    said = f"{_size(peak)} a rank at full length (simulated); a rank has {_size(has)} {where}"
     if peak <= has:
         return Check("memory", said, passed=True)
     remedy = (
