@@ -186,8 +186,8 @@ def summary(report: PrepReport) -> dict:
                 "records": split.records,
                 "rows": split.rows,
                 "images": split.images,
-                "median_tokens": report.median_tokens[name],
-                "max_tokens": report.max_tokens[name],
+                "median_positions": report.median_positions[name],
+                "max_positions": report.max_positions[name],
                 "lengths": split.lengths.model_dump(),
                 "rejected": split.rejected,
             }
@@ -206,16 +206,17 @@ def _table(report: PrepReport) -> Table:
 
     splits = report.manifest.splits
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in splits.values())]
+    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval only"}
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
-    caption = "median, max: tokens of a sample laid out for training"
+    caption = "median, max: positions of a sample laid out for training"
     title = f"{report.out}: {size}"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))  # ten columns in 80
     columns = {name: {"rows": s.rows, "images": s.images} for name, s in splits.items()}
     if any(s.records != sum(s.lengths.model_dump().values()) + s.rejected for s in splits.values()):
         columns = {name: {"records": splits[name].records, **column} for name, column in columns.items()}
     for name, s in splits.items():
-        columns[name] |= {"median": report.median_tokens[name], "max": report.max_tokens[name]}
-        columns[name] |= {outcome.replace("evaluation_", "eval "): getattr(s.lengths, outcome) for outcome in outcomes}
+        columns[name] |= {"median": report.median_positions[name], "max": report.max_positions[name]}
+        columns[name] |= {headings.get(outcome, outcome): getattr(s.lengths, outcome) for outcome in outcomes}
         if any(s.rejected for s in splits.values()):
             columns[name]["rejected"] = s.rejected
     table.add_column("split", no_wrap=True)
@@ -231,11 +232,13 @@ def _remark(report: PrepReport) -> None:
     from lavin_ds.data.prompts import CONVERSATION
 
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt
+    instruct = report.manifest.kind == "instruct"  # nothing evaluates those
+    kept = "training passes over them (a larger limit keeps them)" if instruct else "kept for evaluation"
     limit, lost = prompt.max_length, "context or last turns" if prompt.format == CONVERSATION else "context"
     remarks = {
         "shortened": f"had their {lost} cut to fit data.max_length {limit}",
         "cut": f"lost tokens at the end to fit data.max_length {limit}",
-        "evaluation_only": f"cannot be trained on within data.max_length {limit}; kept for evaluation",
+        "evaluation_only": f"cannot be trained on within data.max_length {limit}; {kept}",
         "dropped": f"left out: not even the prompt fits data.max_length {limit}",
     }
     if report.resumed:

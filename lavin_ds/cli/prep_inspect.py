@@ -106,11 +106,12 @@ def _splits_table(report: Report) -> Table:
 
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
     outcomes = [outcome for outcome in outcomes if outcome != "whole"]
+    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval-only"}
     caption = "median, mean, max: positions of a sample laid out for training"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("split", no_wrap=True)
     for heading in ("rows", "text", "image", "median", "mean", "max", "labels", *outcomes):
-        table.add_column(heading.replace("evaluation_", "eval-"), justify="right", no_wrap=True)
+        table.add_column(headings.get(heading, heading), justify="right", no_wrap=True)
     for name, split in report.splits.items():
         counts = (split.rows, split.rows_text, split.rows_image, split.median, round(split.mean), split.longest)
         left = [getattr(split.lengths, outcome) for outcome in outcomes]
@@ -122,6 +123,7 @@ def _splits_table(report: Report) -> Table:
 def _show_histogram(report: Report, split: str, out: Console) -> None:
     """A line a step of lengths, from the first that has rows to the last; text rows, then image rows behind them."""
     one, step = report.splits[split], report.bin_width
+    limit = max(report.manifest.prompt.max_length, one.longest)
     totals = [t + i for t, i in zip(one.histogram_text, one.histogram_image, strict=True)]
     used = [k for k, total in enumerate(totals) if total]
     scale = max(10, min(60, out.width - 24)) / max(totals)
@@ -129,16 +131,16 @@ def _show_histogram(report: Report, split: str, out: Console) -> None:
     for k in range(used[0], used[-1] + 1):
         text, image = one.histogram_text[k], one.histogram_image[k]
         bar = Text.assemble(("█" * round(text * scale), "blue"), ("▒" * round(image * scale), "yellow"))
-        out.print(Text(f"  {k * step:4}-{(k + 1) * step - 1:<4} {totals[k]:>6,} ").append_text(bar))
+        out.print(Text(f"  {k * step + 1:4}-{min((k + 1) * step, limit):<4} {totals[k]:>6,} ").append_text(bar))
 
 
 def _padding_table(report: Report) -> Table:
     limit = report.manifest.prompt.max_length
-    table = Table(box=box.SIMPLE, caption="slowest rank: its work over the mean rank's; all wait for it")
-    for heading in ("ranks", f"padded to {limit}", "as training will", "slowest rank", "packed"):
+    table = Table(box=box.SIMPLE, caption="with waiting: for the slowest rank, counted as computed")
+    for heading in ("ranks", f"padded to {limit}", "as training will", "with waiting", "packed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in report.padding:
-        rest = (one.sampler, one.slowest_rank, one.packed)
+        rest = (one.sampler, one.with_waiting, one.packed)
         table.add_row(str(one.ranks), f"{one.to_max_length:.2f}", *("-" if x is None else f"{x:.2f}" for x in rest))
     return table
 

@@ -227,6 +227,8 @@ def open_llama(path: Path) -> MetaLlama | HuggingFaceLlama:
     Raises:
         UserError: no such folder, neither layout in it, or a file that cannot be read.
     """
+    if path.is_file():
+        raise UserError(f"{path} is a file: give the folder that it lies in, with Meta's or Hugging Face's files.")
     if not path.is_dir():
         raise UserError(f"No LLaMA at {path}: give a folder with Meta's or Hugging Face's files.")
     if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):

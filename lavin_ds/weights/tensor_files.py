@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import re
 import sys
+import zipfile
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,8 @@ class SafetensorsFile:
             header = safe_open(path, framework="np")
             names = header.keys()  # it is no dict: it cannot be iterated
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as safetensors ({error}): is its download complete?") from None
+            said = _stand_in(path) or f"cannot be read as safetensors ({error}): is its download complete?"
+            raise UserError(f"{path} {said}") from None
         self.metadata: dict[str, str] = header.metadata() or {}
         self.shapes = {name: tuple(header.get_slice(name).get_shape()) for name in names}
 
@@ -107,6 +109,8 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
     """torch.load, mapped and without executing anything; `allowed_globals` are classes it may build besides."""
     import torch
 
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} {_stand_in(path) or 'is no file that torch.save wrote: is it the right one?'}")
     allowed = torch.serialization.safe_globals(list(allowed_globals)) if allowed_globals else nullcontext()
     try:
         with allowed:
@@ -121,10 +125,24 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().partition(". ")[0]
-        raise UserError(
-            f"{path} cannot be read as a torch file ({reason}): is its download complete? A file from before "
-            "torch 1.6 must be saved again by a newer torch."
-        ) from None
+        raise UserError(f"{path} cannot be read as a torch file ({reason}): is its download complete?") from None
+
+
+def _stand_in(path: Path) -> str | None:
+    """What a file that holds no tensors seems to be, and what to do; None if there is no telling."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    if not start:
+        return "is empty: download it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file: fetch it with `git lfs pull`, or download it by hand."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file: download it again from the link behind it."
+    if start.startswith(b"PK\x03\x04"):
+        return "is cut short: download it again."
+    if start.startswith(b"\x80"):
+        return "is a pickle from before torch 1.6: load it with the torch that it comes from and save it anew."
+    return None
 
 
 def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
@@ -134,7 +152,9 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
         UserError: it does not exist, or is neither .safetensors nor a torch file.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the file in it that holds the tensors.")
+        held = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *TORCH_SUFFIXES))
+        such = f", such as {held[0]}" if held else ""
+        raise UserError(f"{path} is a folder: give the file in it that holds the tensors{such}.")
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file.")
     if path.suffix == ".safetensors":
