@@ -19,7 +19,15 @@ from pathlib import Path
 import psutil
 
 from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.preflight import Check, disk_check, hostfile_ranks, memory_check, refuse, run_checks
+from lavin_ds.training.preflight import (
+    Check,
+    disk_check,
+    hostfile_ranks,
+    loading_check,
+    memory_check,
+    refuse,
+    run_checks,
+)
 from lavin_ds.training.rank import LAUNCHER_PID
 
 SCRIPTS = ("train.py", "features.py")
@@ -120,7 +128,10 @@ def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Pa
         checks.append(disk_check(arguments, config))
         if all(check.passed for check in checks if check.name in ("ranks", "DeepSpeed")):
             total = count_ranks(ranks, hostfile)
-            checks.append(memory_check(config, total, local_ranks() if hostfile else total))
+            here = local_ranks() if hostfile else total
+            if gpus():  # where there is none, it is a part of the memory that follows
+                checks.append(loading_check(config, here))
+            checks.append(memory_check(config, total, here))
     return checks
 
 
@@ -151,7 +162,9 @@ def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path |
     refuse(checks)
     checks = [disk_check(arguments, config)]
     if gpus():  # elsewhere it may take longer than the runs one tries there
-        checks.append(memory_check(config, count_ranks(ranks, hostfile), local_ranks()))
+        total = count_ranks(ranks, hostfile)
+        here = local_ranks() if hostfile else total
+        checks += [loading_check(config, here), memory_check(config, total, here)]
     refuse(checks)
     before = _identity(arguments.out / "summary.json")
     code = run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))

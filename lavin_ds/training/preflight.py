@@ -229,6 +229,24 @@ def _size(bytes: int) -> str:
     return f"{bytes / 1e9:,.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:,.1f} MB"
 
 
+def loading_check(config: RunConfig, local_ranks: int) -> Check:
+    """The RAM that this machine's ranks take while they load: each fills its copy before that moves to its GPU.
+
+    A run that has not enough is killed by the system without a word. Not for ranks, as disk_check.
+    """
+    import psutil
+
+    from lavin_ds.profiling.params import count_parameters
+
+    frozen = count_parameters(config).frozen_bytes
+    needed = local_ranks * (frozen["llm"] // config.tensor_parallel + frozen["vision"])
+    free = psutil.virtual_memory().available
+    said = f"{_size(needed)} of RAM for {local_ranks} rank{'s' * (local_ranks > 1)} to load, {_size(free)} free"
+    if free < needed:
+        said = f"Loading needs {said}. Free some, start fewer ranks (--ranks), or split the model by tensor_parallel."
+    return Check("loading", said, passed=free >= needed)
+
+
 def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     """The simulated peak of one rank beside the memory that it has here. Takes 2 to 30 seconds.
 

@@ -6,17 +6,20 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 import lavin_ds
 from lavin_ds.cli.main import app
-from lavin_ds.config import config_keys
+from lavin_ds.config import config_keys, load_recipe
 from lavin_ds.errors import UserError
+from lavin_ds.profiling.params import count_parameters
 from lavin_ds.run import check_free, hold
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
-from lavin_ds.training.preflight import FREE_ON_RESUME, hostfile_ranks
+from lavin_ds.training.preflight import FREE_ON_RESUME, hostfile_ranks, loading_check
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -58,6 +61,16 @@ def test_data_that_is_missing_is_told_once_and_memory_all_the_same(validate):
     assert done.exit_code == 2 and done.stdout.count("nowhere/manifest.json") == 1
     assert checks["memory"]["passed"] and "simulated" in checks["memory"]["found"]
     assert "GPU" in checks["devices"]["found"]
+
+
+def test_ram_for_every_ranks_copy_is_compared_with_what_is_free(monkeypatch):
+    config = load_recipe("tiny", ["tensor_parallel=2"])
+    frozen = count_parameters(config).frozen_bytes
+    needed = 4 * (frozen["llm"] // 2 + frozen["vision"])
+    for free, passed in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        check = loading_check(config, local_ranks=4)
+        assert check.passed == passed and f"{needed / 1e6:.1f} MB of RAM for 4 ranks" in check.found
 
 
 def test_train_refuses_with_all_of_them(tiny_shards, tmp_path, monkeypatch, capsys):
