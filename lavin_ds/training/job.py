@@ -34,7 +34,7 @@ from lavin_ds.training.metrics import (
     write_suspects,
     write_to_monitors,
 )
-from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT
+from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, disk_check, refuse
 from lavin_ds.training.rank import StopSignal
 from lavin_ds.training.validation import Scores, Validation
 from lavin_ds.weights.adapter import base_warning, fill_trainable, save_adapter
@@ -58,11 +58,13 @@ def train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> int
     """Runs the training on this rank and returns the process's exit code. `config` comes from `preflight`.
 
     Raises:
-        UserError: on rank 0, if the run directory is in use or cannot be written.
+        UserError: on rank 0, if the run directory is in use or cannot be written, or the disk has no room.
     """
     device = start_distributed()
     initialize_tensor_parallel(config.tensor_parallel)
     is_first = dist.get_rank() == 0
+    if is_first:
+        refuse([disk_check(arguments, config)])  # here, as it needs the model's code, which takes seconds to import
     console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
     try:
         with hold(arguments.out, console.warn) if is_first else nullcontext():

@@ -60,14 +60,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def train_command(ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+def train_command(ranks: int, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
     """`launch_command` of a training."""
     return launch_command("train.py", ranks, hostfile, port, arguments)
 
 
-def launch_command(name: str, ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
-    """The `deepspeed` command line that runs launch/NAME on ranks: so many here; None with a hostfile, whose slots
-    then decide."""
+def launch_command(name: str, ranks: int, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+    """The `deepspeed` command line that runs launch/NAME on so many ranks here, or on the slots of a hostfile."""
     script = str(files("lavin_ds.launch") / name)
     where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -101,10 +100,8 @@ def run_to_the_end(command: list[str]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    import torch
-
     environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
-    if not torch.accelerator.is_available():
+    if not gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
     return environment
 
@@ -160,14 +157,12 @@ def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path |
     """
     config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     refuse(checks)
-    checks = [disk_check(arguments, config)]
+    total = count_ranks(ranks, hostfile)
     if gpus():  # elsewhere it may take longer than the runs one tries there
-        total = count_ranks(ranks, hostfile)
         here = local_ranks() if hostfile else total
-        checks += [loading_check(config, here), memory_check(config, total, here)]
-    refuse(checks)
+        refuse([loading_check(config, here), memory_check(config, total, here)])
     before = _identity(arguments.out / "summary.json")
-    code = run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))
+    code = run_to_the_end(train_command(total, hostfile, free_port(), arguments.words()))
     if code == 0 and _identity(arguments.out / "summary.json") == before:
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
         print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)

@@ -205,7 +205,7 @@ def _changed_keys(old: dict, new: dict, free: set[str], prefix: str = "") -> lis
 def disk_check(arguments: TrainArguments, config: RunConfig) -> Check:
     """Room for the checkpoints that are kept, the one being written and the best one; and for the adapters, twice.
 
-    Not for ranks: it counts on a model without memory, for which it makes this process a world of one.
+    It counts on a model without memory, for which it makes a process that is in no world a world of one.
     """
     from lavin_ds.profiling.params import count_parameters
 
@@ -232,7 +232,7 @@ def _size(bytes: int) -> str:
 def loading_check(config: RunConfig, local_ranks: int) -> Check:
     """The RAM that this machine's ranks take while they load: each fills its copy before that moves to its GPU.
 
-    A run that has not enough is killed by the system without a word. Not for ranks, as disk_check.
+    A run that has not enough is killed by the system without a word. Not for ranks.
     """
     import psutil
 
@@ -250,8 +250,8 @@ def loading_check(config: RunConfig, local_ranks: int) -> Check:
 def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     """The simulated peak of one rank beside the memory that it has here. Takes 2 to 30 seconds.
 
-    A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for ranks,
-    as disk_check.
+    A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for
+    ranks: it makes this process a world of one.
     """
     import psutil
     import torch

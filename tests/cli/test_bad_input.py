@@ -14,6 +14,7 @@ import pytest
 import lavin_ds
 from lavin_ds.cli import main
 from lavin_ds.config import load_recipe
+from lavin_ds.training import launcher
 from lavin_ds.training.launcher import free_port, train_command
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
@@ -129,14 +130,21 @@ def test_resuming_with_another_recipe_names_the_key(train, tiny_shards, tmp_path
     assert done.code == 2 and "training.peak_lr" in done.stderr
 
 
+def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "local_ranks", lambda: 2)
+    monkeypatch.setattr(launcher, "run_to_the_end", lambda command: sys.exit(" ".join(command)))
+    command = str(train(tiny_shards, tmp_path / "run").code)
+    assert "--num_gpus 2" in command and "train.py --recipe tiny" in command
+
+
 def test_a_run_is_checked_without_importing_torch(tiny_shards, tmp_path):
     """Seconds of a wait that nobody needs: the files of a run are compared with its recipe by their headers."""
     said = (
         "import sys; from lavin_ds.cli import main; from lavin_ds.training import launcher\n"
         "heavy = {'torch', 'transformers', 'deepspeed'}\n"
-        "launcher.disk_check = lambda *_: sys.exit(' '.join(heavy & set(sys.modules)))\n"
+        "launcher.run_to_the_end = lambda _: sys.exit(' '.join(heavy & set(sys.modules)))\n"
         "main.run()"
     )
     command = [sys.executable, "-c", said, *words_of(tiny_shards, tmp_path / "run", "--ranks", "2")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stderr.strip() == "", done.stderr  # what was imported when all the checks of files had passed
+    assert done.stderr.strip() == "", done.stderr  # what was imported before the launcher started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from lavin_ds.config import config_keys, load_recipe
 from lavin_ds.errors import UserError
 from lavin_ds.profiling.params import count_parameters
 from lavin_ds.run import check_free, hold
+from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
-from lavin_ds.training.preflight import FREE_ON_RESUME, hostfile_ranks, loading_check
+from lavin_ds.training.preflight import FREE_ON_RESUME, disk_check, hostfile_ranks, loading_check
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -61,6 +63,17 @@ def test_data_that_is_missing_is_told_once_and_memory_all_the_same(validate):
     assert done.exit_code == 2 and done.stdout.count("nowhere/manifest.json") == 1
     assert checks["memory"]["passed"] and "simulated" in checks["memory"]["found"]
     assert "GPU" in checks["devices"]["found"]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_with_what_they_take(tmp_path, monkeypatch):
+    config = load_recipe("tiny", ["training.keep_checkpoints=3", "training.validate_every=5"])
+    arguments = TrainArguments("tiny", tmp_path, tmp_path, None, tmp_path / "run")
+    count = count_parameters(config)
+    needed = 5 * count.checkpoint_bytes + 2 * count.adapter_file_bytes  # 3 kept, one being written, the best one
+    for free, passed in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        check = disk_check(arguments, config)
+        assert check.passed == passed and f"{needed / 1e6:.1f} MB for 5 checkpoints" in check.found
 
 
 def test_ram_for_every_ranks_copy_is_compared_with_what_is_free(monkeypatch):
