@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--json] [--plot FILE]
 
 One optimizer step through DeepSpeed's engine (ZeRO-2) of a LLaMA of width 512 with a small ViT and adapters in both,
-bf16; the middle point is 4 layers, 4 samples of 256 positions, half with an image, 1 rank. One thing
-grows at a time. Time is of the fastest of five steps; memory is that of the simulated step beside the weights, of one rank.
+bf16; the middle point is 4 layers, 4 samples of 256 positions, half with an image, 1 rank. One thing grows at a time.
+Time is of the fastest of five steps; memory is that of the simulated step beside the weights, of one rank.
 A rank is one process of one thread with a micro-batch of its own: two ranks do twice the work.
 
 Then the share of this machine's measured matmul rate (1024 x 1024, one thread, best of two seconds) that the counted
