@@ -33,7 +33,7 @@ class SplitReport:
     """One split. Lengths count the positions of a sample laid out for training, its modality token included.
 
     rows_text, rows_image: of them `trainable` have labels. label_share: labelled positions of all positions of the
-    trainable rows. histogram_*: rows by length, in BINS steps of Report.bin_width.
+    trainable rows. histogram_*: rows by length, in BINS steps of Report.bin_width: 1 to it, the next to twice it, ..
     """
 
     rows: int
@@ -52,12 +52,15 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Padding:
-    """Positions that count per position computed, by how micro-batches are made; None where ranks cannot be served."""
+    """Positions that count per position computed, by how micro-batches are made; None where ranks cannot be served.
+
+    with_waiting: as `sampler`, but what a rank could have computed while it waits for the slowest counts as computed.
+    """
 
     ranks: int
     to_max_length: float
     sampler: float | None
-    slowest_rank: float | None  # work of the slowest rank over that of the mean one, with the default sampler
+    with_waiting: float | None
     packed: float | None
 
 
@@ -126,7 +129,7 @@ def inspect(directory: Path, visual_tokens: int | None = None, global_batch: int
     visual = manifest.prompt.visual_tokens if visual_tokens is None else visual_tokens
     readers = {name: ShardReader(directory, name) for name in manifest.splits}
     longest = max(int(reader.lengths(visual).max()) + 1 for reader in readers.values())
-    bin_width = math.ceil((longest + 1) / BINS)
+    bin_width = math.ceil(longest / BINS)
     first = readers.get("train") or next(iter(readers.values()))
     return Report(
         directory=Path(directory),
@@ -193,7 +196,7 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    edges = np.arange(BINS + 1) * report.bin_width
+    edges = _edges(report.bin_width)
     figure, axes = plt.subplots(
         len(report.splits), 1, figsize=(8, 1.2 + 2.2 * len(report.splits)), dpi=120, sharex=True, squeeze=False
     )
@@ -204,7 +207,7 @@ def plot(report: Report, path: Path) -> None:
         axis.bar(height=image, bottom=text, color="tab:orange", label="image", **bars)
         axis.axvline(split.mean, color="0.3", linewidth=1, linestyle="--", label=f"mean {split.mean:.0f}")
         axis.set_title(f"{name}: {split.rows:,} rows, {split.label_share:.0%} of positions labelled", loc="left")
-        axis.set(ylabel="rows", xlim=(0, edges[-1]))
+        axis.set(ylabel="rows", xlim=(0.5, edges[-1]))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, loc="upper right")
     axes[-1, 0].set_xlabel(f"positions of a sample (data.max_length {report.manifest.prompt.max_length})")
@@ -217,13 +220,13 @@ def _split_report(reader: ShardReader, visual_tokens: int, bin_width: int) -> Sp
     entry = reader.manifest.splits[reader.split]
     lengths, has_image = reader.lengths(visual_tokens) + 1, reader.has_pixels
     trained = lengths[reader.trainable]
-    edges = np.arange(BINS + 1) * bin_width
+    edges = _edges(bin_width)
     return SplitReport(
         rows=len(reader),
         rows_text=int((~has_image).sum()),
         rows_image=int(has_image.sum()),
         trainable=len(trained),
-        median=int(np.median(lengths)),
+        median=int(np.percentile(lengths, 50, method="lower")),  # as prep's
         mean=float(lengths.mean()),
         longest=int(lengths.max()),
         label_share=float(reader.label_counts.sum() / trained.sum()) if len(trained) else 0.0,
@@ -232,6 +235,11 @@ def _split_report(reader: ShardReader, visual_tokens: int, bin_width: int) -> Sp
         histogram_text=np.histogram(lengths[~has_image], edges)[0].tolist(),
         histogram_image=np.histogram(lengths[has_image], edges)[0].tolist(),
     )
+
+
+def _edges(bin_width: int) -> np.ndarray:
+    """Of bins that end at multiples of bin_width, that one included."""
+    return np.arange(BINS + 1) * bin_width + 0.5
 
 
 def _padding(reader: ShardReader, visual_tokens: int, global_batch: int, micro_batch: int, ranks: int) -> Padding:
@@ -253,7 +261,7 @@ def _padding(reader: ShardReader, visual_tokens: int, global_batch: int, micro_b
         computed += work.sum()
         slowest += ranks * work.max(0).sum()
         packed += sum(lengths[piece].sum() for part in dealt for piece in part)
-    return Padding(ranks, to_max, float(counted / computed), float(slowest / computed), float(counted / packed))
+    return Padding(ranks, to_max, float(counted / computed), float(counted / slowest), float(counted / packed))
 
 
 def _rejects(path: Path) -> dict[str, int]:

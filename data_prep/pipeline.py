@@ -55,15 +55,16 @@ Progress = Callable[[str, int, int], None]  # the pass, and how much of how much
 
 @dataclass(frozen=True)
 class PrepReport:
-    """What a job made. `median_tokens` and `max_tokens` count ids as laid out for training, by split.
+    """What a job made. `median_positions` and `max_positions`, by split, are of samples as laid out for
+    training, with the modality token: what data.max_length bounds.
 
     `resumed`: files that an earlier, killed run of the job had finished.
     """
 
     out: Path
     manifest: Manifest
-    median_tokens: dict[str, int]
-    max_tokens: dict[str, int]
+    median_positions: dict[str, int]
+    max_positions: dict[str, int]
     bytes: int
     seconds: float
     resumed: int
@@ -122,8 +123,8 @@ def prepare(
     return PrepReport(
         out=Path(out),
         manifest=manifest,
-        median_tokens={split: _median(counts) for split, counts in run.lengths.items()},
-        max_tokens={split: max(counts, default=0) for split, counts in run.lengths.items()},
+        median_positions={split: _median(counts) for split, counts in run.lengths.items()},
+        max_positions={split: max(counts, default=0) for split, counts in run.lengths.items()},
         bytes=sum(file.bytes for file in manifest.all_files()),
         seconds=time.monotonic() - started,
         resumed=resumed,
@@ -145,7 +146,7 @@ class _Run:
     on_progress: Progress
     image_files: list[FileEntry] = field(default_factory=list)
     splits: dict[str, SplitEntry] = field(default_factory=dict)
-    lengths: dict[str, Counter] = field(default_factory=dict)  # by split: ids as laid out -> rows
+    lengths: dict[str, Counter] = field(default_factory=dict)  # by split: positions as laid out -> rows
     _images: list[tuple[str, str]] = field(default_factory=list)  # SHA-256 and path of the distinct ones
     _image_of: dict[str, array] = field(default_factory=dict)  # by split and record: a place in _images, or -1
     _image_rows: array = field(default_factory=lambda: array("i"))  # by place in _images: a row of the image table

@@ -15,6 +15,7 @@ from lavin_ds.data.samples import Turn
 from lavin_ds.errors import UserError
 
 MAX_IMAGE_BYTES = 200_000_000
+NAMES = {dict: "mapping", list: "list"}  # of JSON's values
 
 
 class Refused(Exception):
@@ -185,11 +186,26 @@ def read_json(path: Path, kind: type, layout: str) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 at byte {error.start}: save it as UTF-8.") from None
     except (ValueError, RecursionError) as error:
+        if _is_json_lines(content):
+            remedy = f". `jq -s . {path.name} > list.json` makes one" if kind is list else ""
+            raise UserError(
+                f"{path} is JSON Lines, and must be a single JSON {NAMES[kind]}: {layout}{remedy}."
+            ) from None
         raise UserError(f"{path} is not valid JSON ({error}): download or write it again.") from None
     if not isinstance(raw, kind):
-        name = {dict: "mapping", list: "list"}[kind]
-        raise UserError(f"{path} must hold a JSON {name}: {layout}.")
+        raise UserError(
+            f"{path} must hold a JSON {NAMES[kind]}, and holds a {NAMES.get(type(raw), 'single value')}: {layout}."
+        )
     return raw, hashlib.sha256(content).hexdigest()
+
+
+def _is_json_lines(content: bytes) -> bool:
+    """Whether the first two lines are JSON values of their own."""
+    try:
+        lines = [line for line in content.decode("utf-8").split("\n", 2)[:2] if line.strip()]
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict | list) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _without_repeats(pairs: list[tuple]) -> dict:

@@ -55,7 +55,7 @@ class Tally:
     """What is counted over the rows of a file. `too_long`: record, text id and reason of what is not trained on."""
 
     outcomes: Counter = field(default_factory=Counter)
-    lengths: Counter = field(default_factory=Counter)  # ids as laid out for training -> rows
+    lengths: Counter = field(default_factory=Counter)  # positions as laid out for training -> rows
     longest: list[int] = field(default_factory=lambda: [0, 0])  # own tokens, of rows without and with an image
     images: int = 0
     too_long: list[tuple[int, str, str]] = field(default_factory=list)
@@ -148,7 +148,8 @@ class Worker:
             for (i, record, text), sample in zip(found, samples, strict=True):
                 if sample.reason:
                     refused = settings.overlength == "error"
-                    kept = "" if refused or not sample.token_ids else "; kept for evaluation"
+                    unused = refused or not sample.token_ids or self.job.source.kind == "instruct"
+                    kept = "" if unused else "; kept for evaluation"
                     tally.too_long.append((i, text.id, f"is {sample.reason}{kept}"))
                     if refused:
                         continue
@@ -156,7 +157,8 @@ class Worker:
                 tally.outcomes[sample.outcome] += 1
                 if sample.token_ids:
                     n = len(sample.token_ids)
-                    tally.lengths[int(laid_out_lengths(n, has, frame, settings.visual_tokens))] += 1
+                    positions = 1 + int(laid_out_lengths(n, has, frame, settings.visual_tokens))  # and modality token
+                    tally.lengths[positions] += 1
                     tally.longest[has] = max(tally.longest[has], n)
                     tally.images += has
                     yield _row(text, record, sample, image_rows[i])

@@ -6,10 +6,13 @@ A recipe is one flat YAML file that states everything a run depends on, except w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -205,7 +208,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        tp, llm = self.tensor_parallel, self.model.llm
+        tp, llm, wrong = self.tensor_parallel, self.model.llm, []
         for name, size in [
             ("n_heads", llm.n_heads),
             ("n_kv_heads", llm.kv_heads),
@@ -213,18 +216,34 @@ class RunConfig(Section):
             ("vocab_size", llm.vocab_size),
         ]:
             if size % tp:
-                raise ValueError(f"model.llm.{name} {size} cannot be split over tensor_parallel {tp}")
+                wrong.append(f"model.llm.{name} {size} cannot be split over tensor_parallel {tp}")
         recomputed = self.training.activation_checkpointing
         if type(recomputed) is int and recomputed > llm.n_layers:
-            raise ValueError(
+            wrong.append(
                 f"training.activation_checkpointing {recomputed} is more layers than the {llm.n_layers} of model.llm: "
                 "true means all of them"
             )
         if self.training.warmup_epochs >= self.training.epochs:
-            raise ValueError(
-                f"training.warmup_epochs {self.training.warmup_epochs} must be below epochs {self.training.epochs}"
+            wrong.append(
+                f"training.warmup_epochs {self.training.warmup_epochs} must be below training.epochs "
+                f"{self.training.epochs}"
             )
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
+
+
+def check_world(world_size: int, tensor_parallel: int) -> None:
+    """Refuses a number of ranks that the tensor-parallel degree does not divide.
+
+    Raises:
+        UserError: too few ranks, or a number that is not a multiple of `tensor_parallel`.
+    """
+    if world_size % tensor_parallel:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel} needs a multiple of {tensor_parallel} ranks, but there "
+            f"{'is' if world_size == 1 else 'are'} {world_size}: start more ranks or set tensor_parallel=1."
+        )
 
 
 def recomputed_layers(checkpointing: Checkpointing, n_layers: int) -> int:
@@ -243,7 +262,8 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
     """Reads a shipped recipe by name, or a YAML file, and applies dotted `key=value` overrides in order.
 
     Raises:
-        UserError: the recipe does not exist, is not YAML, or a key or value in it or in an override is refused.
+        UserError: the recipe does not exist or is not YAML; or keys or values in it or in overrides are refused, all
+            of them told.
     """
     path = Path(name_or_file)
     if name_or_file in recipe_names():
@@ -262,23 +282,29 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
         raise UserError(f"Recipe {name_or_file} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"Recipe {name_or_file} holds no keys: it must be a YAML mapping.")
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, where=f"recipe {name_or_file}")
+    wrong = [said for override in overrides if (said := _apply_override(raw, override))]
+    return parse_config(raw, f"recipe {name_or_file}", wrong)
 
 
-def parse_config(raw: dict, where: str) -> RunConfig:
-    """Validates a mapping; `where` names its origin in the error."""
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
+def parse_config(raw: dict, where: str, wrong: Sequence[str] = ()) -> RunConfig:
+    """Validates a mapping; `where` names its origin in the error, `wrong` is what is known to be wrong already.
+
+    Raises:
+        UserError: all that is wrong, a line each.
+    """
+    wrong = [*wrong, *_problems(raw)]
+    if len(wrong) == 1:
+        raise UserError(f"In {where}: {wrong[0]}{'' if wrong[0].endswith('?') else '.'}")
+    if wrong:
+        raise UserError(f"In {where}, {len(wrong)} things are wrong:" + "".join(f"\n  {said}" for said in wrong))
+    return RunConfig.model_validate(raw)
 
 
-def _apply_override(raw: dict, override: str) -> None:
+def _apply_override(raw: dict, override: str) -> str | None:
+    """Sets the key in `raw`; returns what is wrong with the override, if anything."""
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise UserError(f"Override '{override}' must read key=value, for example training.epochs=3.")
+        return f"override '{override}' must read key=value, for example training.epochs=3"
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
@@ -286,31 +312,87 @@ def _apply_override(raw: dict, override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise UserError(f"Override '{override}': {parent} is a value, not a section, so it has no key {last}.")
+            return f"override '{override}': {parent} is a value, not a section, so it has no key {last}"
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"Override '{override}': '{value}' is not a YAML value.") from None
+        return f"override '{override}': '{value}' is not a YAML value"
+    return None
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    """One line a problem: the dotted key, what is wrong, and for an unknown key the ones that exist."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
-            lines.append(f"unknown key {key}; known there: {', '.join(known)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message}" if key else message)
-    return f"In {where}: " + "; ".join(lines) + "."
+def _problems(raw: dict) -> list[str]:
+    """All that is wrong with a recipe's keys and values, a clause each."""
+    try:
+        RunConfig.model_validate(raw)
+    except ValidationError as error:
+        found = error.errors()
+    else:
+        return []
+    unknown = [problem["loc"] for problem in found if problem["type"] == "extra_forbidden"]
+    if unknown:  # pydantic compares keys with one another only once all are known: what is wrong without these?
+        return [_unknown(path) for path in unknown] + _problems(_without(raw, unknown))
+    by_key: dict[str, list[dict]] = {}
+    for problem in found:  # a key that may be of several types has a problem with each
+        known = list(takewhile(lambda part: isinstance(part, str) and part in _KEY_NAMES, problem["loc"]))
+        by_key.setdefault(".".join(known), []).append(problem)
+    return [_refused(key, problems) for key, problems in by_key.items()]
 
 
-def _known_keys(path: tuple) -> list[str]:
-    model = RunConfig
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+def _refused(key: str, problems: list[dict]) -> str:
+    kind, value = problems[0]["type"], problems[0]["input"]
+    value = "null" if value is None else str(value)[:40]
+    if kind == "value_error":  # of a section: it names keys and values itself
+        message = problems[0]["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    if kind == "missing":
+        return f"{key} has too few values" if isinstance(problems[0]["loc"][-1], int) else f"{key} is missing"
+    if kind == "model_type":
+        return f"{key} is a section, not a value like {value}: set keys of it, as {key}.KEY=VALUE"
+    # "Input should be a valid number, unable to parse string as a number"
+    wanted = [problem["msg"].removeprefix("Input should ").partition(", unable")[0] for problem in problems]
+    return f"{key} is {value}: it must {' or '.join(wanted)}"
+
+
+def _unknown(path: tuple[str, ...]) -> str:
+    """Says that there is no such key, and which one may be meant."""
+    key, (*section, name) = ".".join(path), path
+    known = {each: each.rpartition(".")[2] for each in config_keys()}
+    siblings = [each for each in known if each.split(".")[:-1] == section]
+    share_a_word = [each for each in known if set(name.split("_")) & set(known[each].split("_"))]
+    close = get_close_matches(name, known.values(), n=1, cutoff=0.75)
+    meant = (
+        get_close_matches(key, known, n=1, cutoff=0.85)
+        or [each for each in share_a_word if each in siblings]
+        or [each for each in known if known[each] == name]
+        or [each for each in known if known[each] in close or each in share_a_word]
+    )
+    if meant:
+        meant.sort(key=lambda each: not each.startswith("training."))  # what is overridden most
+        return f"unknown key {key}: did you mean {' or '.join(meant[:3])}?"
+    return f"unknown key {key}; known there: {', '.join(known[each] for each in siblings)}"
+
+
+def _without(raw: dict, paths: list[tuple[str, ...]]) -> dict:
+    """A copy that lacks these keys."""
+    raw = deepcopy(raw)
+    for *parents, last in paths:
+        node = raw
+        for parent in parents:
+            node = node[parent]
+        del node[last]
+    return raw
+
+
+def config_keys(section: type[Section] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key that a recipe may have, dotted; sections too, before their keys."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        options = [field.annotation, *get_args(field.annotation)]
+        for option in options:
+            if isinstance(option, type) and issubclass(option, Section):
+                keys += config_keys(option, f"{prefix}{name}.")
+    return keys
+
+
+_KEY_NAMES = {key.rpartition(".")[2] for key in config_keys()}

@@ -11,20 +11,7 @@ from contextlib import redirect_stdout
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 
-from lavin_ds.errors import UserError
-
-
-def check_world(world_size: int, tensor_parallel: int) -> None:
-    """Refuses a number of ranks that the tensor-parallel degree does not divide.
-
-    Raises:
-        UserError: too few ranks, or a number that is not a multiple of `tensor_parallel`.
-    """
-    if world_size % tensor_parallel:
-        raise UserError(
-            f"tensor_parallel {tensor_parallel} needs a multiple of {tensor_parallel} ranks, but there "
-            f"{'is' if world_size == 1 else 'are'} {world_size}: start more ranks or set tensor_parallel=1."
-        )
+from lavin_ds.config import check_world
 
 
 def initialize_single_process() -> None:

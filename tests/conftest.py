@@ -5,9 +5,28 @@ from pathlib import Path
 
 import pytest
 
+import lavin_ds
+
 # Before torch is imported, and for the processes that tests start: models here are too small to share among
 # threads, and threads of several processes on two cores wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """28 generated questions as recipe tiny wants them, in split train alone. Not to be written to."""
+    from lavin_ds.config import load_recipe
+    from lavin_ds.data_prep.sample import generate
+    from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+
+    folder = tmp_path_factory.mktemp("tiny-shards")
+    generate(folder / "source", train=28, val=0, test=0)
+    tokenizer = ASSETS / "llama" / "tokenizer.model"
+    prepare_scienceqa(folder / "source", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train"])
+    return folder / "shards"
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ ELSEWHERE = ("pip install", "pytest", "lavin-ds quickstart")
 
 def commands() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).splitlines()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
+    lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
     found = [line for line in lines if line and not line.startswith("#")]
     return [line for line in found if not any(word in line for word in ELSEWHERE)]
 

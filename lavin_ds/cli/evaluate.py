@@ -41,10 +41,13 @@ def scienceqa(
     ] = None,
 ) -> None:
     """Answer ScienceQA's questions and print the score table of the papers."""
-    # torch takes seconds to import: a wrong option is told before.
     from lavin_ds.evaluation import job as jobs
-    from lavin_ds.evaluation.generate import Sampling
 
+    sampling = None
+    if sample:
+        from lavin_ds.evaluation.generate import Sampling
+
+        sampling = Sampling(seed=seed)
     arguments = jobs.EvalArguments(
         run=run,
         recipe=recipe,
@@ -57,7 +60,7 @@ def scienceqa(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         limit=limit,
-        sampling=Sampling(seed=seed) if sample else None,
+        sampling=sampling,
         out=out,
     )
     job = jobs.prepare(arguments)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -17,14 +17,10 @@ from rich.table import Table
 
 from lavin_ds.cli import console
 from lavin_ds.config import load_recipe
-from lavin_ds.data.prompts import CONVERSATION
-from lavin_ds.data.schema import LengthCounts
-from lavin_ds.data_prep.captions import prepare_captions
-from lavin_ds.data_prep.instruct import prepare_instruct
-from lavin_ds.data_prep.pipeline import PrepReport
-from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
 from lavin_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from lavin_ds.data_prep.pipeline import PrepReport
 
 app = typer.Typer(help="Prepare data: source files to Arrow shards.", no_args_is_help=True)
 
@@ -61,6 +57,8 @@ def scienceqa(
     as_json: AsJson = False,
 ) -> None:
     """ScienceQA in its official folder layout to shards, as the recipe wants its prompts and images."""
+    from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+
     wanted = [name.strip() for name in splits.split(",") if name.strip()]
     config = load_recipe(recipe, overrides or [])
     with _job("scienceqa", on_error, workers, overwrite, restart) as options:
@@ -88,6 +86,8 @@ def instruct(
     as_json: AsJson = False,
 ) -> None:
     """Instructions of Alpaca and LLaVA, mixed in one set; data.prompt_format says single-turn or conversation."""
+    from lavin_ds.data_prep.instruct import prepare_instruct
+
     config = load_recipe(recipe, overrides or [])
     with _job("instruct", on_error, workers, overwrite, restart) as options:
         report = prepare_instruct(alpaca or [], llava or [], images, tokenizer, out, config, **options)
@@ -110,6 +110,8 @@ def captions(
     as_json: AsJson = False,
 ) -> None:
     """COCO captions with the Karpathy split: in train a row a caption, else a row an image with all its captions."""
+    from lavin_ds.data_prep.captions import prepare_captions
+
     wanted = [name.strip() for name in splits.split(",") if name.strip()]
     config = load_recipe(recipe, overrides or [])
     with _job("captions", on_error, workers, overwrite, restart) as options:
@@ -159,6 +161,8 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other questions and pictures.")] = 0,
 ) -> None:
     """Draw the quickstart's small ScienceQA: generated questions and pictures."""
+    from lavin_ds.data_prep.sample import generate
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder: give another.")
     generate(out, seed)
@@ -182,8 +186,8 @@ def summary(report: PrepReport) -> dict:
                 "records": split.records,
                 "rows": split.rows,
                 "images": split.images,
-                "median_tokens": report.median_tokens[name],
-                "max_tokens": report.max_tokens[name],
+                "median_positions": report.median_positions[name],
+                "max_positions": report.max_positions[name],
                 "lengths": split.lengths.model_dump(),
                 "rejected": split.rejected,
             }
@@ -198,18 +202,21 @@ def summary(report: PrepReport) -> dict:
 
 def _table(report: PrepReport) -> Table:
     """A row a split; columns that would say nothing are left out."""
+    from lavin_ds.data.schema import LengthCounts
+
     splits = report.manifest.splits
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in splits.values())]
+    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval only"}
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
-    caption = "median, max: tokens of a sample laid out for training"
+    caption = "median, max: positions of a sample laid out for training"
     title = f"{report.out}: {size}"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))  # ten columns in 80
     columns = {name: {"rows": s.rows, "images": s.images} for name, s in splits.items()}
     if any(s.records != sum(s.lengths.model_dump().values()) + s.rejected for s in splits.values()):
         columns = {name: {"records": splits[name].records, **column} for name, column in columns.items()}
     for name, s in splits.items():
-        columns[name] |= {"median": report.median_tokens[name], "max": report.max_tokens[name]}
-        columns[name] |= {outcome.replace("evaluation_", "eval "): getattr(s.lengths, outcome) for outcome in outcomes}
+        columns[name] |= {"median": report.median_positions[name], "max": report.max_positions[name]}
+        columns[name] |= {headings.get(outcome, outcome): getattr(s.lengths, outcome) for outcome in outcomes}
         if any(s.rejected for s in splits.values()):
             columns[name]["rejected"] = s.rejected
     table.add_column("split", no_wrap=True)
@@ -222,12 +229,16 @@ def _table(report: PrepReport) -> Table:
 
 def _remark(report: PrepReport) -> None:
     """Says what the counts of long and bad samples mean, where there are any."""
+    from lavin_ds.data.prompts import CONVERSATION
+
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt
+    instruct = report.manifest.kind == "instruct"  # nothing evaluates those
+    kept = "training passes over them (a larger limit keeps them)" if instruct else "kept for evaluation"
     limit, lost = prompt.max_length, "context or last turns" if prompt.format == CONVERSATION else "context"
     remarks = {
         "shortened": f"had their {lost} cut to fit data.max_length {limit}",
         "cut": f"lost tokens at the end to fit data.max_length {limit}",
-        "evaluation_only": f"cannot be trained on within data.max_length {limit}; kept for evaluation",
+        "evaluation_only": f"cannot be trained on within data.max_length {limit}; {kept}",
         "dropped": f"left out: not even the prompt fits data.max_length {limit}",
     }
     if report.resumed:

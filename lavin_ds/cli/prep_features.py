@@ -25,12 +25,14 @@ def features(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     r"""Compute every image's \[cls] features once, for recipes with model.vision_source: cached."""
+    config = load_recipe(recipe, overrides or [])
+    # torch takes seconds to import: a wrong recipe is told before.
     import torch
 
     from lavin_ds.data_prep.features import extract, finish, plan
 
     started = time.monotonic()
-    job = plan(data, clip, load_recipe(recipe, overrides or []), overwrite)
+    job = plan(data, clip, config, overwrite)
     ranks = ranks or max(1, torch.cuda.device_count())
     if job.done:
         console.err.print(f"{data} has these features already.", highlight=False)

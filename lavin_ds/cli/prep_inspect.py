@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -15,8 +14,11 @@ from rich.text import Text
 
 from lavin_ds.cli import console
 from lavin_ds.config import load_recipe
-from lavin_ds.data.schema import LengthCounts, check_manifest
-from lavin_ds.data_prep.inspect import Report, SampleView, inspect, plot, view
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lavin_ds.data_prep.inspect import Report, SampleView
 
 STYLES = {
     "modality token": "bold magenta",
@@ -43,6 +45,9 @@ def inspect_shards(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what is in a shard directory: counts, lengths, padding, the manifest, and a sample."""
+    from lavin_ds.data.schema import check_manifest
+    from lavin_ds.data_prep.inspect import inspect, plot, view
+
     config = load_recipe(recipe, overrides or []) if recipe else None
     visual = config.model.visual_tokens if config else None
     batches = (config.training.global_batch, config.training.micro_batch) if config else (32, 4)
@@ -97,13 +102,16 @@ def _show_manifest(report: Report, out: Console) -> None:
 
 def _splits_table(report: Report) -> Table:
     """A row a split, 80 columns at most; what the length limit made of samples that are not whole, if it did."""
+    from lavin_ds.data.schema import LengthCounts
+
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
     outcomes = [outcome for outcome in outcomes if outcome != "whole"]
+    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval-only"}
     caption = "median, mean, max: positions of a sample laid out for training"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("split", no_wrap=True)
     for heading in ("rows", "text", "image", "median", "mean", "max", "labels", *outcomes):
-        table.add_column(heading.replace("evaluation_", "eval-"), justify="right", no_wrap=True)
+        table.add_column(headings.get(heading, heading), justify="right", no_wrap=True)
     for name, split in report.splits.items():
         counts = (split.rows, split.rows_text, split.rows_image, split.median, round(split.mean), split.longest)
         left = [getattr(split.lengths, outcome) for outcome in outcomes]
@@ -115,6 +123,7 @@ def _splits_table(report: Report) -> Table:
 def _show_histogram(report: Report, split: str, out: Console) -> None:
     """A line a step of lengths, from the first that has rows to the last; text rows, then image rows behind them."""
     one, step = report.splits[split], report.bin_width
+    limit = max(report.manifest.prompt.max_length, one.longest)
     totals = [t + i for t, i in zip(one.histogram_text, one.histogram_image, strict=True)]
     used = [k for k, total in enumerate(totals) if total]
     scale = max(10, min(60, out.width - 24)) / max(totals)
@@ -122,16 +131,16 @@ def _show_histogram(report: Report, split: str, out: Console) -> None:
     for k in range(used[0], used[-1] + 1):
         text, image = one.histogram_text[k], one.histogram_image[k]
         bar = Text.assemble(("█" * round(text * scale), "blue"), ("▒" * round(image * scale), "yellow"))
-        out.print(Text(f"  {k * step:4}-{(k + 1) * step - 1:<4} {totals[k]:>6,} ").append_text(bar))
+        out.print(Text(f"  {k * step + 1:4}-{min((k + 1) * step, limit):<4} {totals[k]:>6,} ").append_text(bar))
 
 
 def _padding_table(report: Report) -> Table:
     limit = report.manifest.prompt.max_length
-    table = Table(box=box.SIMPLE, caption="slowest rank: its work over the mean rank's; all wait for it")
-    for heading in ("ranks", f"padded to {limit}", "as training will", "slowest rank", "packed"):
+    table = Table(box=box.SIMPLE, caption="with waiting: for the slowest rank, counted as computed")
+    for heading in ("ranks", f"padded to {limit}", "as training will", "with waiting", "packed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in report.padding:
-        rest = (one.sampler, one.slowest_rank, one.packed)
+        rest = (one.sampler, one.with_waiting, one.packed)
         table.add_row(str(one.ranks), f"{one.to_max_length:.2f}", *("-" if x is None else f"{x:.2f}" for x in rest))
     return table
 
@@ -165,6 +174,7 @@ def token_text(shown: SampleView, brackets: bool) -> Text:
 
 def half_blocks(pixels_SS3: np.ndarray, columns: int) -> Text:
     """A picture of `columns` characters a line: each shows two pixels, one above the other."""
+    import numpy as np
     from PIL import Image
 
     small = np.asarray(Image.fromarray(pixels_SS3).resize((columns, columns - columns % 2)))

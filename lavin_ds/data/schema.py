@@ -170,6 +170,8 @@ def load_manifest(directory: str | Path) -> Manifest:
         UserError: it is missing, is not JSON, is of another schema version, or a key in it is wrong.
     """
     path = Path(directory) / MANIFEST_NAME
+    if Path(directory).is_file():
+        raise UserError(f"{directory} is a file: give the folder that `lavin-ds prep` made.")
     remedy = "prepare the data again with `lavin-ds prep`"
     try:
         raw = json.loads(path.read_bytes())

@@ -6,22 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader, file_sha256
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
-from lavin_ds.evaluation.generate import Sampling
-from lavin_ds.evaluation.scienceqa import Result, evaluate
 from lavin_ds.files import write_json
-from lavin_ds.models.lavin import Lavin
-from lavin_ds.parallel import initialize_single_process
 from lavin_ds.run import adapter_file, load_run
 from lavin_ds.weights.adapter import base_warning, read_record, record_file
 from lavin_ds.weights.base import Progress, build_model, check_inputs
+
+if TYPE_CHECKING:  # torch and the model take seconds to import, and `prepare` does without them
+    from lavin_ds.evaluation.generate import Sampling
+    from lavin_ds.evaluation.scienceqa import Result
+    from lavin_ds.models.lavin import Lavin
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ def load(job: Job, on_progress: Progress | None = None) -> Lavin:
     Raises:
         UserError: an adapter or weights that do not fit the recipe.
     """
+    import torch
+
+    from lavin_ds.parallel import initialize_single_process
+
     initialize_single_process()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = job.subject
@@ -112,6 +116,10 @@ def run(job: Job, model: Lavin, on_progress: Callable[[int, int], None] | None =
     Raises:
         UserError: the device has no memory for a batch.
     """
+    import torch
+
+    from lavin_ds.evaluation.scienceqa import evaluate
+
     arguments, start = job.arguments, time.monotonic()
     try:
         result = evaluate(

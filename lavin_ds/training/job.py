@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from lavin_ds.training.metrics import (
     write_suspects,
     write_to_monitors,
 )
-from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, preflight
+from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, disk_check, refuse
 from lavin_ds.training.rank import StopSignal
 from lavin_ds.training.validation import Scores, Validation
 from lavin_ds.weights.adapter import base_warning, fill_trainable, save_adapter
@@ -55,17 +54,17 @@ EXIT_STOPPED = 143  # 128 + SIGTERM: stopped on request, state saved
 EXIT_DIVERGED = 3  # too many steps in a row without a finite loss or gradient
 
 
-def train(arguments: TrainArguments, stop: StopSignal) -> int:
-    """Runs the training on this rank and returns the process's exit code.
+def train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> int:
+    """Runs the training on this rank and returns the process's exit code. `config` comes from `preflight`.
 
     Raises:
-        UserError: from `preflight`, on every rank alike; or on rank 0, if the run directory is in use or cannot be
-            written.
+        UserError: on rank 0, if the run directory is in use or cannot be written, or the disk has no room.
     """
-    config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     device = start_distributed()
     initialize_tensor_parallel(config.tensor_parallel)
     is_first = dist.get_rank() == 0
+    if is_first:
+        refuse([disk_check(arguments, config)])  # here, as it needs the model's code, which takes seconds to import
     console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
     try:
         with hold(arguments.out, console.warn) if is_first else nullcontext():

@@ -18,13 +18,22 @@ from pathlib import Path
 
 import psutil
 
-from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.preflight import Check, disk_check, hostfile_ranks, memory_check, refuse, run_checks
+from lavin_ds.training.preflight import (
+    Check,
+    disk_check,
+    hostfile_ranks,
+    loading_check,
+    memory_check,
+    refuse,
+    run_checks,
+)
 from lavin_ds.training.rank import LAUNCHER_PID
 
 SCRIPTS = ("train.py", "features.py")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What drivers of NVIDIA (Jetson's, and WSL's dxg, too) and AMD put into /dev.
+GPU_DEVICES = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
 
 
 def local_ranks() -> int:
@@ -36,6 +45,9 @@ def local_ranks() -> int:
 
 
 def gpus() -> int:
+    """GPUs that torch may use. Where there is no driver, that is told without torch, which takes seconds to import."""
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
+        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -48,14 +60,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def train_command(ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+def train_command(ranks: int, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
     """`launch_command` of a training."""
     return launch_command("train.py", ranks, hostfile, port, arguments)
 
 
-def launch_command(name: str, ranks: int | None, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
-    """The `deepspeed` command line that runs launch/NAME on ranks: so many here; None with a hostfile, whose slots
-    then decide."""
+def launch_command(name: str, ranks: int, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
+    """The `deepspeed` command line that runs launch/NAME on so many ranks here, or on the slots of a hostfile."""
     script = str(files("lavin_ds.launch") / name)
     where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -89,10 +100,8 @@ def run_to_the_end(command: list[str]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    import torch
-
     environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
-    if not torch.accelerator.is_available():
+    if not gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
     return environment
 
@@ -110,35 +119,50 @@ def _ranks(launcher_pid: int) -> list[psutil.Process]:
 
 def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> list[Check]:
     """What `launch` would check, and the memory estimate on any machine."""
-    checks = []
-    try:
-        ranks = hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
-    except UserError as error:
-        checks.append(Check("hostfile", str(error), passed=False))
-    config, found = run_checks(arguments, ranks)
-    checks += found
+    config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     if config:
+        checks.insert(1, _device())
         checks.append(disk_check(arguments, config))
-        if ranks and all(check.passed for check in checks):
-            checks.append(memory_check(config, ranks, local_ranks() if hostfile else ranks))
+        if all(check.passed for check in checks if check.name in ("ranks", "DeepSpeed")):
+            total = count_ranks(ranks, hostfile)
+            here = local_ranks() if hostfile else total
+            if gpus():  # where there is none, it is a part of the memory that follows
+                checks.append(loading_check(config, here))
+            checks.append(memory_check(config, total, here))
     return checks
+
+
+def count_ranks(ranks: int | None, hostfile: Path | None) -> int:
+    """All ranks of a launch: the hostfile's slots, or so many here, or those that fit this machine.
+
+    Raises:
+        UserError: the hostfile cannot be read.
+    """
+    return hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
+
+
+def _device() -> Check:
+    if count := gpus():
+        import torch
+
+        return Check("devices", f"{count} x {torch.cuda.get_device_name(0)} here", passed=True)
+    return Check("devices", "no GPU is visible here: ranks of this machine run on the CPU", passed=True)
 
 
 def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> int:
     """Checks a run, starts it and waits for its end; returns the exit code.
 
     Raises:
-        UserError: everything that the preflight finds wrong, or the hostfile cannot be read.
+        UserError: everything that the preflight finds wrong.
     """
-    ranks = hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
-    config, checks = run_checks(arguments, ranks)
+    config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     refuse(checks)
-    checks = [disk_check(arguments, config)]
+    total = count_ranks(ranks, hostfile)
     if gpus():  # elsewhere it may take longer than the runs one tries there
-        checks.append(memory_check(config, ranks, local_ranks()))
-    refuse(checks)
+        here = local_ranks() if hostfile else total
+        refuse([loading_check(config, here), memory_check(config, total, here)])
     before = _identity(arguments.out / "summary.json")
-    code = run_to_the_end(train_command(ranks, hostfile, free_port(), arguments.words()))
+    code = run_to_the_end(train_command(total, hostfile, free_port(), arguments.words()))
     if code == 0 and _identity(arguments.out / "summary.json") == before:
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
         print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 `lavin-ds validate` prints the checks; `lavin-ds train` and every rank run them first and refuse what fails. All of them
 run, so that a person reads every problem at once; only what cannot be read keeps the checks that need it from running.
+Nothing here imports torch before a file asks for it: most of what is wrong is told within a second.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavin_ds.config import RunConfig, load_recipe
+from lavin_ds.config import RunConfig, check_world, load_recipe
 from lavin_ds.data.sampler import micro_batches, total_steps
 from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
-from lavin_ds.parallel import check_world
 from lavin_ds.run import LOCK, check_free, load_run
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
@@ -30,6 +30,8 @@ MIB = 2**20
 # What a resumed run may have otherwise than it began: how it is computed and looked after, not what is learnt. (In
 # compat every micro-batch weighs the same, and so how they are made is part of the objective.)
 FREE_ON_RESUME = {
+    "name",
+    "source",
     "deepspeed",
     "tensor_parallel",
     "training.micro_batch",
@@ -52,13 +54,13 @@ class Check:
     passed: bool
 
 
-def preflight(arguments: TrainArguments, ranks: int | None) -> RunConfig:
-    """Runs all checks. `ranks` None: not known here.
+def preflight(arguments: TrainArguments, ranks: int) -> RunConfig:
+    """Runs all checks.
 
     Raises:
         UserError: everything that is wrong, and what to do about it.
     """
-    config, checks = run_checks(arguments, ranks)
+    config, checks = run_checks(arguments, lambda: ranks)
     refuse(checks)
     return config
 
@@ -72,15 +74,19 @@ def refuse(checks: list[Check]) -> None:
         raise UserError(f"{len(wrong)} things are wrong:" + "".join(f"\n  {said}" for said in wrong))
 
 
-def run_checks(arguments: TrainArguments, ranks: int | None) -> tuple[RunConfig | None, list[Check]]:
-    """The configuration, None if it cannot be read, and the checks in the order in which to read them."""
+def run_checks(arguments: TrainArguments, count_ranks: Callable[[], int]) -> tuple[RunConfig | None, list[Check]]:
+    """The configuration, None if it cannot be read, and the checks in the order in which to read them.
+
+    count_ranks may raise UserError; it is called once the recipe is read, as counting GPUs takes seconds.
+    """
     checks: list[Check] = []
 
-    def check(name: str, look: Callable[[], str]) -> None:
+    def check(name: str, look: Callable[[], str]) -> bool:
         try:
             checks.append(Check(name, look(), passed=True))
         except UserError as error:
             checks.append(Check(name, str(error), passed=False))
+        return checks[-1].passed
 
     config = None
 
@@ -92,11 +98,9 @@ def run_checks(arguments: TrainArguments, ranks: int | None) -> tuple[RunConfig 
     check("recipe", recipe)
     if config is None:
         return None, checks
-    if ranks is not None:
-        check("ranks", lambda: _ranks(config, ranks))
+    check("ranks", lambda: _ranks(config, count_ranks()))
     check("DeepSpeed", lambda: check_deepspeed_config(config.deepspeed))
-    check("data", lambda: _data(arguments, config))
-    if config.training.validate_every:
+    if check("data", lambda: _data(arguments, config)) and config.training.validate_every:
         check("validation", lambda: _validation(arguments, config))
     check("LLaMA", lambda: _llama(arguments, config))
     if config.model.vision or arguments.clip:
@@ -201,7 +205,7 @@ def _changed_keys(old: dict, new: dict, free: set[str], prefix: str = "") -> lis
 def disk_check(arguments: TrainArguments, config: RunConfig) -> Check:
     """Room for the checkpoints that are kept, the one being written and the best one; and for the adapters, twice.
 
-    Not for ranks: it counts on a model without memory, for which it makes this process a world of one.
+    It counts on a model without memory, for which it makes a process that is in no world a world of one.
     """
     from lavin_ds.profiling.params import count_parameters
 
@@ -225,11 +229,29 @@ def _size(bytes: int) -> str:
     return f"{bytes / 1e9:,.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:,.1f} MB"
 
 
+def loading_check(config: RunConfig, local_ranks: int) -> Check:
+    """The RAM that this machine's ranks take while they load: each fills its copy before that moves to its GPU.
+
+    A run that has not enough is killed by the system without a word. Not for ranks.
+    """
+    import psutil
+
+    from lavin_ds.profiling.params import count_parameters
+
+    frozen = count_parameters(config).frozen_bytes
+    needed = local_ranks * (frozen["llm"] // config.tensor_parallel + frozen["vision"])
+    free = psutil.virtual_memory().available
+    said = f"{_size(needed)} of RAM for {local_ranks} rank{'s' * (local_ranks > 1)} to load, {_size(free)} free"
+    if free < needed:
+        said = f"Loading needs {said}. Free some, start fewer ranks (--ranks), or split the model by tensor_parallel."
+    return Check("loading", said, passed=free >= needed)
+
+
 def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     """The simulated peak of one rank beside the memory that it has here. Takes 2 to 30 seconds.
 
-    A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for ranks,
-    as disk_check.
+    A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for
+    ranks: it makes this process a world of one.
     """
     import psutil
     import torch
@@ -238,10 +260,10 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
 
     peak = simulate(config, worst_case(config), ranks).peak_bytes
     if torch.cuda.is_available():
-        has, where = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
+        has, where = torch.cuda.get_device_properties(0).total_memory, f"in {torch.cuda.get_device_name(0)}"
     else:
-        has, where = psutil.virtual_memory().available // local_ranks, f"the free memory here for each of {local_ranks}"
-    said = f"{_size(peak)} a rank at full length (simulated), {_size(has)} in {where}"
+        has, where = psutil.virtual_memory().available // local_ranks, "of this machine's free memory, no GPU"
+    said = f"{_size(peak)} a rank at full length (simulated); a rank has {_size(has)} {where}"
     if peak <= has:
         return Check("memory", said, passed=True)
     remedy = (

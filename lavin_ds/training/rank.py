@@ -1,6 +1,6 @@
 """One rank's life around the training: it dies with those who started it, and what failed first is read first.
 
-Nothing here imports torch, so that a rank is watching before its first slow import.
+Nothing here imports torch at once, so that a rank is watching, and has told what is wrong, before that slow import.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import psutil
 
 from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
+from lavin_ds.training.preflight import preflight
 
 LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by lavin_ds.training.launcher
 LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
@@ -45,10 +46,11 @@ def run(arguments: TrainArguments) -> int:
     a rank that only lost its peer waits for the launcher to end it."""
     rank = os.environ.get("RANK", "0")
     stop = StopSignal()  # before the slow imports: a signal that comes now counts too
-    from lavin_ds.training.job import train
-
     try:
-        return train(arguments, stop)
+        config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        from lavin_ds.training.job import train
+
+        return train(arguments, config, stop)
     except UserError as error:
         if rank != "0":
             _wait(stop)  # rank 0 says the same, unless it is this node's trouble alone

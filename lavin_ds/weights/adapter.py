@@ -9,18 +9,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save
 
 from lavin_ds import __version__
 from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_atomically, write_json
-from lavin_ds.models.lavin import Lavin
 from lavin_ds.weights.tensor_files import SafetensorsFile
+
+if TYPE_CHECKING:  # torch takes seconds to import, and records are read without it
+    import torch
+
+    from lavin_ds.models.lavin import Lavin
 
 FORMAT = 1
 SAMPLE_BYTES = 1 << 16
@@ -116,6 +118,9 @@ def save_adapter(
     llama, clip: the frozen models, which the record identifies by their files' names and sizes; where cached
     features took the ViT's place, features_clip_sha256 names the file they came from.
     """
+    import torch
+    from safetensors.torch import save
+
     # Copied when not already fp32 and contiguous; safetensors refuses views that share a storage.
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     content = save(tensors, metadata=METADATA)
@@ -223,6 +228,8 @@ def fill_trainable(model: Lavin, tensors: Mapping[str, torch.Tensor], where: str
     Raises:
         UserError: they differ; `where` names the tensors' origin. Nothing is copied then.
     """
+    import torch
+
     parameters = model.trainable()
     check_trainable({name: tuple(p.shape) for name, p in parameters.items()}, tensors, where)
     with torch.no_grad():

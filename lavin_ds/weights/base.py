@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
-from lavin_ds.models.lavin import Lavin
 from lavin_ds.weights.adapter import load_adapter
 from lavin_ds.weights.clip import check_clip, load_clip
 from lavin_ds.weights.llama import check_llama, load_llama
-from lavin_ds.weights.official import import_official
+
+if TYPE_CHECKING:  # torch and the model take seconds to import, and files are checked without them
+    import torch
+
+    from lavin_ds.models.lavin import Lavin
 
 Progress = Callable[[str, int, int], None]  # what is loaded, tensors done, tensors in all
 
@@ -59,6 +61,9 @@ def build_model(
     Raises:
         UserError: see check_inputs, load_adapter and import_official.
     """
+    from lavin_ds.models.lavin import Lavin
+    from lavin_ds.weights.official import import_official
+
     check_inputs(config, llama, clip)
     model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
     # The adapters come first: they are small, so that one that does not fit is refused in seconds.

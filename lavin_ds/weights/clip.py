@@ -18,16 +18,18 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lavin_ds.config import VisionConfig
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import frozen_parameters
-from lavin_ds.models.vision import VisionTower
 from lavin_ds.weights.llama import LoadReport
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tensors
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
+
+if TYPE_CHECKING:  # torch and open_clip take seconds to import, and headers are checked without them
+    import torch
+
+    from lavin_ds.models.vision import VisionTower
 
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 # The tower's names, to Hugging Face's; of a block, what is in one tensor here is in three there.
@@ -143,6 +145,35 @@ def _hugging_face_parts(theirs: dict) -> dict[str, list[str]]:
     return {ours: several for ours, several in parts.items() if all(part in theirs for part in several)}
 
 
+def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Every frozen tensor's shape in VisionTower, by name."""
+    W, F, patch = config.width, int(config.width * config.mlp_ratio), config.patch_size
+    block = {
+        "ln_1.weight": (W,),
+        "ln_1.bias": (W,),
+        "attn.in_proj_weight": (3 * W, W),
+        "attn.in_proj_bias": (3 * W,),
+        "attn.out_proj.weight": (W, W),
+        "attn.out_proj.bias": (W,),
+        "ln_2.weight": (W,),
+        "ln_2.bias": (W,),
+        "mlp.c_fc.weight": (F, W),
+        "mlp.c_fc.bias": (F,),
+        "mlp.c_proj.weight": (W, F),
+        "mlp.c_proj.bias": (W,),
+    }
+    shapes = {
+        "conv1.weight": (W, 3, patch, patch),
+        "class_embedding": (W,),
+        "positional_embedding": (1 + (config.image_size // patch) ** 2, W),
+        "ln_pre.weight": (W,),
+        "ln_pre.bias": (W,),
+    }
+    for number in range(config.visual_tokens * config.cls_every):  # blocks behind the last that is read out: not there
+        shapes.update({f"blocks.{number}.clip.{name}": shape for name, shape in block.items()})
+    return shapes
+
+
 def check_clip(path: Path, config: VisionConfig) -> ClipFile:
     """Opens a CLIP file and compares it with the recipe, from its header alone.
 
@@ -158,9 +189,7 @@ def check_clip(path: Path, config: VisionConfig) -> ClipFile:
                 f"The recipe's model.vision.{key} is {ours:g}, but {path} has {theirs:g}: set "
                 f"model.vision.{key}={theirs:g} or give the CLIP the recipe is for."
             )
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in VisionTower(config).named_parameters()}
-    for name, shape in wanted.items():
+    for name, shape in tower_shapes(config).items():
         if name not in clip.shapes:
             raise UserError(f"{path} lacks a tensor of its vision tower, here {name}: is its download complete?")
         if clip.shapes[name] != shape:
@@ -180,6 +209,10 @@ def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], 
     Raises:
         UserError: see check_clip.
     """
+    import torch
+
+    from lavin_ds.models.adapters import frozen_parameters
+
     clip = check_clip(path, tower.config)
     parameters = frozen_parameters(tower)
     with torch.no_grad():

@@ -15,7 +15,6 @@ from lavin_ds.weights.adapter import (
     record_file,
     write_with_record,
 )
-from lavin_ds.weights.official import official_bytes, official_name
 
 SUFFIX = {"safetensors": ".safetensors", "official": ".pth"}
 
@@ -33,6 +32,8 @@ def export_adapter(run: Path, out: Path, layout: Literal["safetensors", "officia
     check_trainable({name: tuple(shape) for name, shape in record.tensors.items()}, tensors, where=str(source))
     content = source.read_bytes()
     if layout == "official":
+        from lavin_ds.weights.official import official_bytes, official_name  # with it the model
+
         content = official_bytes(tensors, record.config)
         shapes = {official_name(name): shape for name, shape in record.tensors.items()}
         record = record.model_copy(update={"layout": layout, "bytes": len(content), "tensors": shapes})

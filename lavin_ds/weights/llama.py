@@ -4,7 +4,8 @@
     Hugging Face  config.json   model*.safetensors or pytorch_model*.bin     whole tensors, rotary pairs apart
 
 Names here are Meta's, which are also the model's. Opening a folder reads only JSON and tensor headers; loading
-goes tensor by tensor, and a tensor-parallel rank touches only the bytes of its own slice.
+goes tensor by tensor, and a tensor-parallel rank touches only the bytes of its own slice. What loads imports torch and
+the model, which takes seconds; what opens and compares does without.
 """
 
 from __future__ import annotations
@@ -15,18 +16,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from typing import TYPE_CHECKING
 
 from lavin_ds.config import LlamaConfig, RopeScaling
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import frozen_parameters
-from lavin_ds.models.llama import Llama
-from lavin_ds.parallel import tensor_parallel_rank, tensor_parallel_size
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tensors
 
-SPLIT_DIM = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+if TYPE_CHECKING:
+    import torch
+
+    from lavin_ds.models.llama import Llama
+
 IGNORABLE = re.compile(r"rope\.freqs$|rotary_emb\.inv_freq$")  # constants that old files carry along
 
 
@@ -227,6 +227,8 @@ def open_llama(path: Path) -> MetaLlama | HuggingFaceLlama:
     Raises:
         UserError: no such folder, neither layout in it, or a file that cannot be read.
     """
+    if path.is_file():
+        raise UserError(f"{path} is a file: give the folder that it lies in, with Meta's or Hugging Face's files.")
     if not path.is_dir():
         raise UserError(f"No LLaMA at {path}: give a folder with Meta's or Hugging Face's files.")
     if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
@@ -284,12 +286,19 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
     Raises:
         UserError: see check_llama.
     """
+    import torch
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+    from lavin_ds.models.adapters import frozen_parameters
+    from lavin_ds.parallel import tensor_parallel_rank, tensor_parallel_size
+
     files = check_llama(path, model.config)
     wholes = llama_shapes(model.config)
+    split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     split_dims = {
-        f"{owner}.weight": SPLIT_DIM[type(module)]
+        f"{owner}.weight": split_dim[type(module)]
         for owner, module in model.named_modules()
-        if type(module) in SPLIT_DIM
+        if type(module) in split_dim
     }
     parameters = frozen_parameters(model)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 Tensors come out as views of the mapped file: a byte is read when it is touched, so a slice costs only itself.
 Nothing in a file is executed: torch files are unpickled by torch's `weights_only` reader.
+
+torch, which takes seconds to import, is imported where tensors are: names and shapes of .safetensors need none.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ import ctypes
 import mmap
 import re
 import sys
+import zipfile
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
+
+if TYPE_CHECKING:
+    import torch
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -29,6 +35,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
     Left to itself, safetensors lets nobody but the owner read what it wrote.
     """
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
@@ -46,14 +54,22 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
+            header = safe_open(path, framework="np")
+            names = header.keys()  # it is no dict: it cannot be iterated
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as safetensors ({error}): is its download complete?") from None
+            said = _stand_in(path) or f"cannot be read as safetensors ({error}): is its download complete?"
+            raise UserError(f"{path} {said}") from None
+        self.metadata: dict[str, str] = header.metadata() or {}
+        self.shapes = {name: tuple(header.get_slice(name).get_shape()) for name in names}
+
+    @cached_property
+    def _file(self):
+        try:
+            return safe_open(self.path, framework="pt")
         except RuntimeError as error:  # torch's
-            raise UserError(f"{path} cannot be mapped ({error}): has this machine less memory than the file?") from None
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        names = self._file.keys()
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+            raise UserError(
+                f"{self.path} cannot be mapped ({error}): has this machine less memory than the file?"
+            ) from None
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_slice(name)[...]
@@ -71,6 +87,8 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, key: str = "state_dict", allowed_globals: tuple = ()):
+        import torch
+
         self.path = path
         content = load_torch(path, allowed_globals)
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -89,6 +107,10 @@ class TorchFile:
 
 def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
     """torch.load, mapped and without executing anything; `allowed_globals` are classes it may build besides."""
+    import torch
+
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} {_stand_in(path) or 'is no file that torch.save wrote: is it the right one?'}")
     allowed = torch.serialization.safe_globals(list(allowed_globals)) if allowed_globals else nullcontext()
     try:
         with allowed:
@@ -103,10 +125,24 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().partition(". ")[0]
-        raise UserError(
-            f"{path} cannot be read as a torch file ({reason}): is its download complete? A file from before "
-            "torch 1.6 must be saved again by a newer torch."
-        ) from None
+        raise UserError(f"{path} cannot be read as a torch file ({reason}): is its download complete?") from None
+
+
+def _stand_in(path: Path) -> str | None:
+    """What a file that holds no tensors seems to be, and what to do; None if there is no telling."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    if not start:
+        return "is empty: download it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file: fetch it with `git lfs pull`, or download it by hand."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file: download it again from the link behind it."
+    if start.startswith(b"PK\x03\x04"):
+        return "is cut short: download it again."
+    if start.startswith(b"\x80"):
+        return "is a pickle from before torch 1.6: load it with the torch that it comes from and save it anew."
+    return None
 
 
 def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
@@ -116,7 +152,9 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
         UserError: it does not exist, or is neither .safetensors nor a torch file.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the file in it that holds the tensors.")
+        held = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *TORCH_SUFFIXES))
+        such = f", such as {held[0]}" if held else ""
+        raise UserError(f"{path} is a folder: give the file in it that holds the tensors{such}.")
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file.")
     if path.suffix == ".safetensors":

@@ -2,7 +2,8 @@
 
 torch.jit.load would compile the code inside, and torch.load(weights_only=True) refuses these archives. One is a
 zip: data.pkl is a pickled tree of modules whose classes are named `__torch__...`, and data/N are the storages.
-Here the pickle may build only plain containers and tensors: any other global ends the reading.
+Here the pickle may build only plain containers and descriptions of tensors: any other global ends the reading. A
+storage is read when its tensor is asked for.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lavin_ds.errors import UserError
 
-STORAGE_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+if TYPE_CHECKING:
+    import torch
+
+STORAGE_DTYPES = {  # names in torch
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
 }
 
 
@@ -39,21 +43,30 @@ class TorchScriptFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
-                root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                self._tensors = dict(_tensors(_Reader(archive, root.removesuffix("data.pkl")).load(), ""))
+            self._archive = zipfile.ZipFile(path)
+            root = next(name for name in self._archive.namelist() if name.endswith("/data.pkl"))
+            self._folder = root.removesuffix("data.pkl")
+            self._tensors = dict(_tensors(_Reader(self._archive, self._folder).load(), ""))
+            self.shapes = {name: tuple(tensor.size) for name, tensor in self._tensors.items()}
         except UserError:
             raise
         # A damaged pickle raises nearly anything.
         except Exception as error:
             raise UserError(f"{path} cannot be read as a TorchScript archive: {error}.") from None
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+        import torch
+
+        stored = self._tensors[name]
+        try:
+            content = bytearray(self._archive.read(f"{self._folder}data/{stored.storage.key}"))
+            flat = torch.frombuffer(content, dtype=getattr(torch, stored.storage.dtype))
+            return torch.as_strided(flat, stored.size, stored.stride, stored.offset)
+        except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read ({error}): is its download complete?") from None
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Nothing to give back: such an archive is read whole."""
+        """Nothing to give back: a tensor is read, not mapped."""
 
 
 def is_torchscript(path: Path) -> bool:
@@ -62,6 +75,24 @@ def is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """data/KEY of the archive, elements of one dtype."""
+
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a storage, by torch.as_strided's arguments."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class _Module:
@@ -73,8 +104,8 @@ class _Reader(pickle.Unpickler):
 
     ALLOWED = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: torch.as_strided(
-            storage, size, stride, offset
+        ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: _Stored(
+            storage, offset, size, stride
         ),
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         ("torch.jit._pickle", "build_intlist"): list,
@@ -86,8 +117,7 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
         super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
-        self.archive, self.folder = archive, folder
-        self.storages: dict[str, torch.Tensor] = {}
+        self.archive = archive
 
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
@@ -100,18 +130,15 @@ class _Reader(pickle.Unpickler):
             )
         return self.ALLOWED[module, name]
 
-    def persistent_load(self, identity: tuple) -> torch.Tensor:
-        """A storage as a flat tensor: identity is ("storage", dtype, key, device, elements)."""
-        _, dtype, key, _, elements = identity
-        if key not in self.storages:
-            content = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)[:elements]
-        return self.storages[key]
+    def persistent_load(self, identity: tuple) -> _Storage:
+        """identity is ("storage", dtype, key, device, elements)."""
+        _, dtype, key, _, _ = identity
+        return _Storage(dtype, key)
 
 
 def _tensors(node: object, prefix: str):
     for name, value in vars(node).items() if isinstance(node, _Module) else ():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, _Stored):
             yield prefix + name, value
         else:
             yield from _tensors(value, f"{prefix}{name}.")

@@ -14,20 +14,10 @@ import pytest
 import lavin_ds
 from lavin_ds.cli import main
 from lavin_ds.config import load_recipe
-from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.training import launcher
 from lavin_ds.training.launcher import free_port, train_command
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    generate(folder / "source", train=28, val=0, test=0)
-    tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "source", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train"])
-    return folder / "shards"
 
 
 @dataclass(frozen=True)
@@ -64,14 +54,14 @@ def assert_refused(done: Outcome, out: Path, *said: str) -> None:
     assert not out.exists()
 
 
-def test_the_installed_command_exits_with_2_and_one_sentence(shards, tmp_path):
-    command = [Path(sys.executable).with_name("lavin-ds"), *words_of(shards, tmp_path / "run", llama="nowhere")]
+def test_the_installed_command_exits_with_2_and_one_sentence(tiny_shards, tmp_path):
+    command = [Path(sys.executable).with_name("lavin-ds"), *words_of(tiny_shards, tmp_path / "run", llama="nowhere")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert_refused(Outcome(done.returncode, done.stderr), tmp_path / "run", "nowhere")
 
 
-def test_bare_deepspeed_says_the_sentence_once_for_all_ranks(shards, tmp_path):
-    words = words_of(shards, tmp_path / "run", llama="nowhere")[1:]
+def test_bare_deepspeed_says_the_sentence_once_for_all_ranks(tiny_shards, tmp_path):
+    words = words_of(tiny_shards, tmp_path / "run", llama="nowhere")[1:]
     done = subprocess.run(train_command(2, None, free_port(), words), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
@@ -95,46 +85,66 @@ def test_bare_deepspeed_says_the_sentence_once_for_all_ranks(shards, tmp_path):
         (["training.global_batch=1", "--ranks", "2"], {}, ["global_batch 1"]),
     ],
 )
-def test_train_says_in_one_sentence_what_is_wrong_and_writes_nothing(train, shards, tmp_path, words, changes, said):
+def test_train_says_in_a_sentence_what_is_wrong_and_writes_nothing(train, tiny_shards, tmp_path, words, changes, said):
     out = tmp_path / "run"
-    assert_refused(train(shards, out, *words, **changes), out, *said)
+    assert_refused(train(tiny_shards, out, *words, **changes), out, *said)
 
 
-def test_train_does_not_touch_a_folder_that_holds_something(train, shards, tmp_path):
+def test_train_does_not_touch_a_folder_that_holds_something(train, tiny_shards, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    done = train(shards, tmp_path)
+    done = train(tiny_shards, tmp_path)
     assert done.code == 2 and "not empty" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_shards_of_another_tokenizer_than_the_base_are_refused(train, shards, tmp_path):
+def test_shards_of_another_tokenizer_than_the_base_are_refused(train, tiny_shards, tmp_path):
     data = tmp_path / "shards"
-    shutil.copytree(shards, data)
+    shutil.copytree(tiny_shards, data)
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["tokenizer"]["vocab_size"] = 32000
     (data / "manifest.json").write_text(json.dumps(manifest))
     assert_refused(train(data, tmp_path / "run"), tmp_path / "run", "32000", "vocab_size")
 
 
-def test_a_missing_shard_file_is_named(train, shards, tmp_path):
+def test_a_missing_shard_file_is_named(train, tiny_shards, tmp_path):
     data = tmp_path / "shards"
-    shutil.copytree(shards, data)
+    shutil.copytree(tiny_shards, data)
     missing = next(data.glob("*train*.arrow"))
     missing.unlink()
     assert_refused(train(data, tmp_path / "run"), tmp_path / "run", missing.name)
 
 
-def test_resuming_with_another_recipe_names_the_key(train, shards, tmp_path):
+def test_resuming_with_another_recipe_names_the_key(train, tiny_shards, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     record = {
         "config": load_recipe("tiny").model_dump(mode="json"),
-        "inputs": {"data": str(shards), "llama": "x", "clip": None},
+        "inputs": {"data": str(tiny_shards), "llama": "x", "clip": None},
         "data_sha256": "0",
         "ranks": 1,
         "versions": {},
         "git_revision": None,
     }
     (run / "run.json").write_text(json.dumps(record))
-    done = train(shards, run, "training.peak_lr=1.0", "--resume", "auto")
+    done = train(tiny_shards, run, "training.peak_lr=1.0", "--resume", "auto")
     assert done.code == 2 and "training.peak_lr" in done.stderr
+
+
+def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "local_ranks", lambda: 2)
+    monkeypatch.setattr(launcher, "run_to_the_end", lambda command: sys.exit(" ".join(command)))
+    command = str(train(tiny_shards, tmp_path / "run").code)
+    assert "--num_gpus 2" in command and "train.py --recipe tiny" in command
+
+
+def test_a_run_is_checked_without_importing_torch(tiny_shards, tmp_path):
+    """Seconds of a wait that nobody needs: the files of a run are compared with its recipe by their headers."""
+    said = (
+        "import sys; from lavin_ds.cli import main; from lavin_ds.training import launcher\n"
+        "heavy = {'torch', 'transformers', 'deepspeed'}\n"
+        "launcher.run_to_the_end = lambda _: sys.exit(' '.join(heavy & set(sys.modules)))\n"
+        "main.run()"
+    )
+    command = [sys.executable, "-c", said, *words_of(tiny_shards, tmp_path / "run", "--ranks", "2")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr  # what was imported before the launcher started

@@ -36,6 +36,25 @@ def test_counts_are_those_of_the_rows(shards):
     assert report.rejects == {"answer": 1} and train.rejected == 1
     assert [p.ranks for p in report.padding] == [1, 2, 8] and report.padding[2].sampler is None
     assert report.padding[0].to_max_length < report.padding[0].sampler <= 1 == report.padding[0].packed
+    assert report.padding[0].with_waiting == report.padding[0].sampler  # one rank waits for nobody
+    assert report.padding[1].with_waiting <= report.padding[1].sampler
+
+
+def test_the_last_bin_has_the_longest_sample(shards):
+    report = inspect(shards)
+    train = report.splits["train"]
+    rows = np.add(train.histogram_text, train.histogram_image)
+    last = np.flatnonzero(rows)[-1]
+    assert rows.sum() == 9 and last * report.bin_width < train.longest <= (last + 1) * report.bin_width
+
+
+def test_prep_and_inspect_count_alike(tmp_path, tokenizer_file):
+    words = {f"q{i}": record(hint="north " * i) for i in range(4)}
+    source = write_scienceqa(tmp_path / "source", words)
+    made = prepare_scienceqa(source, tokenizer_file, tmp_path / "shards", small_config())
+    train = inspect(tmp_path / "shards").splits["train"]
+    assert (made.median_positions["train"], made.max_positions["train"]) == (train.median, train.longest)
+    assert train.median == sorted(len(view(tmp_path / "shards", "train", f"q{i}").tokens) for i in range(4))[1]
 
 
 def test_a_sample_is_shown_as_the_model_sees_it(shards):

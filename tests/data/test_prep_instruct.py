@@ -125,6 +125,10 @@ def test_files_that_cannot_be_told_apart_or_hold_nothing_are_refused(tmp_path, t
     with pytest.raises(UserError, match="llava.json is empty"):
         prepare(tmp_path, tokenizer_file)
     file, out, config = tmp_path / "alpaca.json", tmp_path / "shards", small_config(prompt_format="single-turn")
+    lines = tmp_path / "lines.json"
+    lines.write_text('{"instruction": "a", "output": "b"}\n' * 2)
+    with pytest.raises(UserError, match=r"is JSON Lines, .* `jq -s \. lines.json > list.json` makes one"):
+        prepare_instruct([lines], [], None, tokenizer_file, out, config)
     with pytest.raises(UserError, match="2 files are named alpaca"):
         prepare_instruct([file, file], [], None, tokenizer_file, out, config)
     with pytest.raises(UserError, match="nothing to prepare"):

@@ -35,7 +35,7 @@ def test_shards_stand_alone_and_say_what_they_are(tmp_path, tokenizer_file):
     assert (manifest.images.size, manifest.images.resize, manifest.images.rows) == (8, "squash", 3)
     split = manifest.splits["train"]
     assert (split.rows, split.images, split.lengths.whole, split.rejected) == (3, 3, 3, 0)
-    assert report.max_tokens["train"] == ShardReader(report.out, "train").lengths(2).max()
+    assert report.max_positions["train"] == 1 + ShardReader(report.out, "train").lengths(2).max()
 
 
 def test_the_same_data_gives_the_same_bytes(tmp_path, tokenizer_file):
@@ -184,7 +184,8 @@ def test_nothing_left_to_write_is_an_error_even_when_skipping(tmp_path, tokenize
         ("problems.json", None, "problems.json cannot be read"),
         ("problems.json", b'{"1": {"question": "\xff"}}', "problems.json is not valid UTF-8 at byte 20"),
         ("problems.json", b'{"1": ', "problems.json is not valid JSON"),
-        ("problems.json", b"[]", "problems.json must hold a JSON mapping"),
+        ("problems.json", b"[]", "problems.json must hold a JSON mapping, and holds a list"),
+        ("problems.json", b'{"1": 1}\n{"2": 2}\n', "problems.json is JSON Lines, and must be a single JSON mapping"),
         ("problems.json", b'{"1": 1, "1": 2}', "the key '1' stands twice"),
         ("problems.json", b"[" * 100_000, "problems.json is not valid JSON"),
         ("pid_splits.json", b'{"train": []}', "train is empty"),

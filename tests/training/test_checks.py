@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 import lavin_ds
 from lavin_ds.cli.main import app
-from lavin_ds.config import load_recipe
-from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.config import config_keys, load_recipe
 from lavin_ds.errors import UserError
+from lavin_ds.profiling.params import count_parameters
 from lavin_ds.run import check_free, hold
+from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
-from lavin_ds.training.preflight import hostfile_ranks
+from lavin_ds.training.preflight import FREE_ON_RESUME, disk_check, hostfile_ranks, loading_check
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    generate(folder / "source", train=28, val=0, test=0)
-    tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "source", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train"])
-    return folder / "shards"
-
-
 @pytest.fixture
-def validate(shards, tmp_path):
+def validate(tiny_shards, tmp_path):
     def run(*words: str, **changes):
-        options = {"recipe": "tiny", "data": shards, "llama": ASSETS / "llama", "clip": ASSETS / "vit.safetensors"}
+        options = {"recipe": "tiny", "data": tiny_shards, "llama": ASSETS / "llama", "clip": ASSETS / "vit.safetensors"}
         options |= {"out": tmp_path / "run"} | changes
         given = [str(w) for name, value in options.items() for w in (f"--{name.replace('_', '-')}", value)]
         return CliRunner().invoke(app, ["validate", *given, *words])
@@ -63,14 +57,43 @@ def test_validate_tells_every_problem_at_once_and_exits_with_2(validate):
         assert words in said, words
 
 
-def test_train_refuses_with_all_of_them(shards, tmp_path, monkeypatch, capsys):
+def test_data_that_is_missing_is_told_once_and_memory_all_the_same(validate):
+    done = validate("--ranks", "2", "--json", "training.validate_every=5", data="nowhere")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.exit_code == 2 and done.stdout.count("nowhere/manifest.json") == 1
+    assert checks["memory"]["passed"] and "simulated" in checks["memory"]["found"]
+    assert "GPU" in checks["devices"]["found"]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_with_what_they_take(tmp_path, monkeypatch):
+    config = load_recipe("tiny", ["training.keep_checkpoints=3", "training.validate_every=5"])
+    arguments = TrainArguments("tiny", tmp_path, tmp_path, None, tmp_path / "run")
+    count = count_parameters(config)
+    needed = 5 * count.checkpoint_bytes + 2 * count.adapter_file_bytes  # 3 kept, one being written, the best one
+    for free, passed in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        check = disk_check(arguments, config)
+        assert check.passed == passed and f"{needed / 1e6:.1f} MB for 5 checkpoints" in check.found
+
+
+def test_ram_for_every_ranks_copy_is_compared_with_what_is_free(monkeypatch):
+    config = load_recipe("tiny", ["tensor_parallel=2"])
+    frozen = count_parameters(config).frozen_bytes
+    needed = 4 * (frozen["llm"] // 2 + frozen["vision"])
+    for free, passed in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        check = loading_check(config, local_ranks=4)
+        assert check.passed == passed and f"{needed / 1e6:.1f} MB of RAM for 4 ranks" in check.found
+
+
+def test_train_refuses_with_all_of_them(tiny_shards, tmp_path, monkeypatch, capsys):
     from lavin_ds.cli import main
 
     words = [
         "--recipe",
         "tiny",
         "--data",
-        shards,
+        tiny_shards,
         "--llama",
         "nowhere",
         "--clip",
@@ -84,6 +107,23 @@ def test_train_refuses_with_all_of_them(shards, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: 2 things are wrong:") and "nowhere" in said
     assert "nothing.pt" in said
+
+
+def test_every_key_of_a_recipe_is_free_or_fixed_when_a_run_goes_on():
+    """A new key belongs in one of the two: what a run learns must not change unseen in the middle of it."""
+    fixed = {
+        "compat",
+        *("model.neck_dim", "model.frozen_dtype", "model.vision_source"),
+        *("data.prompt_format", "data.captions", "data.max_length", "data.overlength", "data.image_resize"),
+        *(f"training.{key}" for key in ("epochs", "warmup_epochs", "global_batch", "peak_lr", "weight_decay")),
+        *(f"training.{key}" for key in ("betas", "eps", "grad_clip", "seed")),
+    }
+    shapes = ("model.llm.", "model.vision.", "model.llm_adapter.", "model.vision_adapter.")
+    keys = config_keys()
+    leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    unclassed = {key for key in leaves if not key.startswith(shapes)} - fixed - FREE_ON_RESUME
+    assert not unclassed
+    assert not FREE_ON_RESUME - leaves and not FREE_ON_RESUME & fixed
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,30 @@ def test_files_that_hold_no_clip_say_what_was_expected(tmp_path):
     (tmp_path / "clip.txt").write_text("")
     with pytest.raises(UserError, match="neither .safetensors nor"):
         check_clip(tmp_path / "clip.txt", VISION)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"PK\x03\x04 and then nothing", "is cut short"),
+        (b"\x80\x02 a pickle", "before torch 1.6"),
+        (bytes(range(200)), "is it the right one"),
+    ],
+)
+def test_a_file_of_something_else_is_told_by_what_it_is(tmp_path, content, said):
+    file = tmp_path / "ViT-L-14.pt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"ViT-L-14.pt .*{said}"):
+        check_clip(file, VISION)
+    other = file.rename(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors (cannot be read as safetensors|is )"):
+        check_clip(other, VISION)
+
+
+def test_a_folder_in_place_of_the_file_is_told_with_a_file_of_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a folder: .* such as .*model.safetensors"):
+        check_clip(tmp_path, VISION)
