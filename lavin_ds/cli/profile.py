@@ -95,7 +95,10 @@ def profile(
             raise UserError("--fit searches a recipe: give --recipe without --run.")
         _fit(config, recipe, parse_bytes(fit), chosen, gpus, training_set, efficiency, overrides or [], as_json)
         return
-    report = _report(config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published)
+    at_its_speed = record is not None and (recipe is not None or gpus != record.ranks)
+    report = _report(
+        config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published, at_its_speed
+    )
     written = _write_files(report, plot, timeline, html)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -115,15 +118,26 @@ def show_run(run: Path) -> None:
 
 
 def _report(
-    config, record, run, device, gpus, training_set, efficiency=EFFICIENCY, length=None, price=None, as_published=False
+    config,
+    record,
+    run,
+    device,
+    gpus,
+    training_set,
+    efficiency=EFFICIENCY,
+    length=None,
+    price=None,
+    as_published=False,
+    at_its_speed=False,
 ) -> Report:
+    """at_its_speed: the recipe is not the run's, or on other ranks, and is predicted as fast as the run was."""
     from lavin_ds.profiling.memory import measured
     from lavin_ds.profiling.report import make_report
 
     finished = measured(run) if record else None
     speed = _reached(record, run, device, finished, efficiency) if record else None
     with console.err.status("simulating a training step"):
-        if record and (config != record.config or gpus != record.ranks):
+        if at_its_speed:
             if speed is None or not speed.is_possible:
                 raise UserError(
                     f"{run} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it "
