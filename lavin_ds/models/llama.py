@@ -79,14 +79,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_angles(positions: torch.Tensor, config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [..., T, K/2] in fp32 of integer positions [..., T] (RoPE, with LLaMA-3.1's scaling)."""
+def rotary_turns(positions: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+    """exp(i angle) [..., T, K/2], complex64, of integer positions [..., T] (RoPE, with LLaMA-3.1's scaling)."""
     even_K = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** (-even_K / config.head_dim)
     if config.rope_scaling:
         frequencies = _scale_frequencies(frequencies, config.rope_scaling)
     angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def _scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -97,15 +97,13 @@ def _scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring pairs of features (Meta's interleaved layout), in fp32.
+def rotate(x_BTHK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring pairs of features (Meta's interleaved layout), in fp32: one complex product.
 
-    cos, sin: [T, K/2] when all samples share positions, else [B, T, K/2].
+    turns: [T, K/2] when all samples share positions, else [B, T, K/2].
     """
-    pairs = x_BTHK.float().unflatten(-1, (-1, 2))
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [..., T, 1, K/2]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x_BTHK.dtype)
+    pairs = torch.view_as_complex(x_BTHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).to(x_BTHK.dtype)
 
 
 @dataclass
@@ -145,6 +143,12 @@ def packed_attention(q_BHTK, k_BGTK, v_BGTK, lengths: tuple[int, ...], **how) ->
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, **how) for qkv in samples], dim=2)
 
 
+def _split(x_NGK: torch.Tensor, modalities: int, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The modality tokens' rows [M, G, K], and the samples' [B, T, G, K]."""
+    own_MGK, others = x_NGK.split([modalities, len(x_NGK) - modalities])
+    return own_MGK, others.unflatten(0, shape)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -155,16 +159,18 @@ class Attention(nn.Module):
         self.wv = _column(config.dim, config.kv_heads * config.head_dim)
         self.wo = _row(config.n_heads * config.head_dim, config.dim)
 
-    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0, added=None):
+    def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0, added=None):
         """`added`: what a LoRA adds to all query and all value features; this rank takes those of its own heads."""
         q, k, v = self.wq(x_ND), self.wk(x_ND), self.wv(x_ND)
         if added is not None:
             q, v = q + scatter_to_model_parallel_region(added[0]), v + scatter_to_model_parallel_region(added[1])
         q_NHK, k_NGK, v_NGK = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
         M, shape = rows.modalities, (rows.batch, rows.length)
-        q_BTHK = rotate(q_NHK[M:].unflatten(0, shape), *rotary)
-        k_BTGK = rotate(k_NGK[M:].unflatten(0, shape), *rotary)
-        v_BTGK = v_NGK[M:].unflatten(0, shape)
+        # Split, not sliced: the backward pass of a slice fills a tensor with zeros first.
+        _, q_BTHK = _split(q_NHK, M, shape)
+        _, k_BTGK = _split(k_NGK, M, shape)
+        own_MGK, v_BTGK = _split(v_NGK, M, shape)
+        q_BTHK, k_BTGK = rotate(q_BTHK, turns), rotate(k_BTGK, turns)
 
         decoding = cache is not None and len(cache.keys) > layer
         if decoding:
@@ -186,7 +192,7 @@ class Attention(nn.Module):
         attended = attended_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)  # [B*T, H*K]
         if M:
             # A modality token attends to itself alone: its attention is its own value.
-            own = v_NGK[:M].repeat_interleave(self.groups, dim=1).flatten(1)
+            own = own_MGK.repeat_interleave(self.groups, dim=1).flatten(1)
             attended = torch.cat([own, attended])
         return self.wo(attended)
 
@@ -221,10 +227,10 @@ class Block(nn.Module):
             return z_ND
         return self.adapters[place](z_ND, z_ND[: rows.modalities], rows.owner_N)
 
-    def forward(self, x_ND, rows: Rows, rotary, cache: KVCache | None = None, layer: int = 0):
+    def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0):
         z_ND = self.adapt("attention", self.attention_norm(x_ND), rows)
         added = self.adapters["projections"](z_ND) if "projections" in self.adapters else None
-        x_ND = x_ND + self.attention(z_ND, rows, rotary, cache, layer, added)
+        x_ND = x_ND + self.attention(z_ND, rows, turns, cache, layer, added)
         z_ND = self.adapt("ffn", self.ffn_norm(x_ND), rows)
         return x_ND + self.feed_forward(z_ND)
 
@@ -279,7 +285,7 @@ class Llama(nn.Module):
             else:
                 index = torch.cat([torch.arange(length, device=x_BTD.device) for length in packed or (T,)])
             positions = index + (1 if M else 0)
-        rotary = rotary_angles(positions, self.config)
+        turns = rotary_turns(positions, self.config)
         x_ND = x_BTD.reshape(B * T, D)
         owner_N = None
         if M:
@@ -290,9 +296,9 @@ class Llama(nn.Module):
         rows = Rows(M, B, T, packed, owner_N)
         for index, block in enumerate(self.layers):
             if index < self.recomputed_layers and torch.is_grad_enabled():
-                x_ND = checkpoint(block, x_ND, rows, rotary, use_reentrant=False)
+                x_ND = checkpoint(block, x_ND, rows, turns, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rows, rotary, cache, index)
+                x_ND = block(x_ND, rows, turns, cache, index)
         if decoding:
             cache.length_B = cache.length_B + 1
         return self.norm(x_ND[M:]).unflatten(0, (B, T))
@@ -303,13 +309,36 @@ class Llama(nn.Module):
 
     def token_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropies in fp32 of labelled rows; logits exist for LOSS_CHUNK rows at a time."""
-        total = h_ND.new_zeros((), dtype=torch.float32)
-        for h, target in zip(h_ND.split(LOSS_CHUNK), target_N.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(self._chunk_loss, h, target, use_reentrant=False)
-        return total
+        return _TokenLoss.apply(h_ND, target_N, self._chunk_loss)
 
     def _chunk_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         logits_NV = self.output(h_ND).float()
         if tensor_parallel_size() == 1:
             return F.cross_entropy(logits_NV, target_N, reduction="sum")
         return vocab_parallel_cross_entropy(logits_NV, target_N).sum()
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Each chunk's gradient is made while its logits exist: they are neither kept for backward nor made again."""
+
+    @staticmethod
+    def forward(ctx, h_ND, target_N, chunk_loss):
+        learns = ctx.needs_input_grad[0]
+        total = h_ND.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for h, target in zip(h_ND.split(LOSS_CHUNK), target_N.split(LOSS_CHUNK), strict=True):
+            with torch.set_grad_enabled(learns):
+                h = h.detach().requires_grad_(learns)
+                loss = chunk_loss(h, target)
+            total += loss.detach()
+            if learns:
+                gradients += torch.autograd.grad(loss, h)
+        if learns:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (gradient_ND,) = ctx.saved_tensors
+        # In fp32: a factor of one over the labels, rounded to bf16, would be wrong by up to 0.4% in every step.
+        return (gradient_ND.float() * gradient).to(gradient_ND.dtype), None, None

@@ -9,13 +9,14 @@ once, which MALLOC_THAT_RETURNS asks of glibc, and which costs time. So each is 
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import logger
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lavin_ds.config import RunConfig, load_recipe
@@ -47,6 +49,7 @@ def measure_allocated(config: RunConfig, workload: Workload) -> int:
         engine, batch = build(config, workload)
         for _ in range(2):
             step(engine, batch)
+        gc.collect()  # what only waits for Python's collector, a bucket of DeepSpeed's now and then, is not a step's
         with record_function(THIRD_STEP):
             step(engine, batch)
     return highest_allocation(profiler, since=THIRD_STEP)
@@ -55,16 +58,36 @@ def measure_allocated(config: RunConfig, workload: Workload) -> int:
 def highest_allocation(profiler: profile, since: str | None = None) -> int:
     """Bytes that torch's CPU allocator held at most above its start, from a profile with profile_memory.
 
+    What gloo's threads allocate is left out: they receive into a copy of every gathered tensor, and NCCL does not.
+
     since: counts from the beginning of the record_function of that name on.
     """
     events = profiler.profiler.kineto_results.events()
     start = next(e.start_ns() for e in events if e.name() == since) if since else 0
+    python_thread = events[0].start_thread_id()
     held = highest = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        if event.start_ns() >= start:
+    gloo = set()  # addresses
+    for moment, address, size, thread in sorted(_allocations(profiler)):
+        if size > 0 and thread != python_thread:
+            gloo.add(address)
+        elif size < 0 and address in gloo:
+            gloo.remove(address)
+        else:
+            held += size
+        if moment >= start:
             highest = max(highest, held)
     return highest
+
+
+def _allocations(profiler: profile) -> Iterator[tuple[int, int, int, int]]:
+    """Moment, address, bytes (negative when released) and thread of each."""
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            what = event.extra_fields
+            yield event.start_time_ns, what.ptr, what.alloc_size, event.start_tid
 
 
 def measure_resident(config: RunConfig, workload: Workload) -> int:
@@ -74,6 +97,7 @@ def measure_resident(config: RunConfig, workload: Workload) -> int:
     engine, batch = build(config, workload)
     for _ in range(2):
         step(engine, batch)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here (proc(5))
     step(engine, batch)
     return _status("VmHWM") - before

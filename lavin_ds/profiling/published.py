@@ -22,7 +22,7 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import MMAdapter
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_angles
+from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
 from lavin_ds.models.vision import VisionBlock
 
 
@@ -129,7 +129,7 @@ class PublishedLavin(Lavin):
             return _separate_paths(adapter, z_BSW.flatten(0, 1), w_NE).unflatten(0, (B, S))
 
         z_BSW = adapt("attention", clip.ln_1(x_BSW))
-        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else clip.attention(z_BSW)
+        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else block.attention(z_BSW)
         x_BSW = x_BSW + attended
         z_BSW = adapt("ffn", clip.ln_2(x_BSW))
         if not (self.options.plain_autograd and self.config.vision.quick_gelu):
@@ -154,8 +154,8 @@ class PublishedLavin(Lavin):
             itself_M = torch.arange(len(token_MD), device=x_BTD.device)
             owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
         first = 1 if len(token_MD) else 0  # RoPE position of the first token
-        cos, sin = rotary_angles(torch.arange(0 if in_samples else first, first + T), self.llm.config)
-        context = _Rows(B, T, len(token_MD), in_samples, owner_N, torch.complex(cos, sin).to(x_BTD.device))
+        turns = rotary_turns(torch.arange(0 if in_samples else first, first + T, device=x_BTD.device), self.llm.config)
+        context = _Rows(B, T, len(token_MD), in_samples, owner_N, turns)
         for number, block in enumerate(self.llm.layers):
             x_ND = _run(number < self.llm.recomputed_layers, self._decoder_block, block, x_ND, context)
         h_ND = self._norm(self.llm.norm, x_ND)
@@ -194,8 +194,8 @@ class PublishedLavin(Lavin):
             k_NHK, v_NHK = (x.repeat_interleave(attention.groups, dim=1) for x in (k_NHK, v_NHK))
         if rows.in_samples:
             shape = (rows.batch, 1 + rows.length)
-            q_BTHK = _rotate(q_NHK.unflatten(0, shape), rows.turns)
-            k_BTHK, v_BTHK = _rotate(k_NHK.unflatten(0, shape), rows.turns), v_NHK.unflatten(0, shape)
+            q_BTHK = rotate(q_NHK.unflatten(0, shape), rows.turns)
+            k_BTHK, v_BTHK = rotate(k_NHK.unflatten(0, shape), rows.turns), v_NHK.unflatten(0, shape)
             if self.options.eager_attention:
                 mask_TT = _causal_mask(1 + rows.length, q_BTHK)
                 mask_TT[1:, 0] = float("-inf")  # t_m is seen by itself alone
@@ -206,7 +206,7 @@ class PublishedLavin(Lavin):
                 attended = torch.cat([v_BTHK[:, :1], others], dim=1)
             return attention.wo(attended.flatten(2).flatten(0, 1))
         M, shape = rows.modalities, (rows.batch, rows.length)
-        q_BTHK, k_BTHK = (_rotate(x[M:].unflatten(0, shape), rows.turns) for x in (q_NHK, k_NHK))
+        q_BTHK, k_BTHK = (rotate(x[M:].unflatten(0, shape), rows.turns) for x in (q_NHK, k_NHK))
         v_BTHK = v_NHK[M:].unflatten(0, shape)
         if self.options.eager_attention:
             attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, _causal_mask(rows.length, q_BTHK))
@@ -268,12 +268,6 @@ def _separate_paths(adapter: MMAdapter, z_ND: torch.Tensor, w_NE: torch.Tensor) 
     second_1DN = convolve(c_1RN, adapter.up_weight_1, adapter.up_bias_1, config.groups)
     mixed_1DN = w_NE[:, 0] * first_1DN + w_NE[:, 1] * second_1DN
     return z_ND + config.scale * mixed_1DN[0].t()
-
-
-def _rotate(x_BTHK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Neighbouring pairs of features as complex numbers, turned in fp32."""
-    pairs = torch.view_as_complex(x_BTHK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x_BTHK.dtype)
 
 
 def _causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,15 @@ def test_the_loss_of_many_rows_is_that_of_their_logits_at_once(fill, monkeypatch
     torch.testing.assert_close(gradient, torch.autograd.grad(want, h)[0])
 
 
+def test_a_loss_scale_is_not_rounded_to_the_base_dtype(fill):
+    model = fill(Llama(LlamaConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=64))).bfloat16()
+    h = torch.randn(20, 32, dtype=torch.bfloat16, requires_grad=True)
+    loss = model.token_loss(h, torch.randint(0, 64, (20,)))
+    factor = 1 / 300  # bf16 has 0.003326 and 0.003342 beside it
+    (whole,), (scaled,) = (torch.autograd.grad(x, h, retain_graph=True) for x in (loss, loss * factor))
+    assert (scaled.double() / whole.double()).mean() / factor == pytest.approx(1, abs=2e-4)
+
+
 LLAMA_1 = {"vocab_size": 32000}
 LLAMA_2 = {"vocab_size": 32000, "norm_eps": 1e-5}
 LLAMA_3 = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "n_kv_heads": 8}
