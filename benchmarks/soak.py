@@ -30,8 +30,8 @@ import lavin_ds
 from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.run import read_metrics
 from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.metrics import read_metrics
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 LIMIT = 2.0  # MiB an hour

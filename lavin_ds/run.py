@@ -70,6 +70,19 @@ def load_run(run: Path) -> RunRecord:
         raise UserError(f"{path} cannot be read: {error}. Was it made by another version?") from None
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The steps written down, in order; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def check_free(run: Path) -> None:
     """Raises UserError if a process trains in this folder now. One that is just being killed gets a moment to go."""
     deadline = time.monotonic() + 3

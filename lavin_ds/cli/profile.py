@@ -57,7 +57,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def profile(
     ctx: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a YAML file.")] = None,
-    run: Annotated[Path | None, typer.Option(help="A finished run: its recipe, and what it measured.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="A finished run, beside its prediction; with --recipe or --gpus: those at its speed."),
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, or the run's ranks.")] = None,
     device: Annotated[
         str, typer.Option(help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU.")
@@ -89,10 +92,13 @@ def profile(
     training_set = _training_set(config, record, data)
     if fit:
         if record:
-            raise UserError("--fit changes a recipe: give --recipe instead of --run.")
+            raise UserError("--fit searches a recipe: give --recipe without --run.")
         _fit(config, recipe, parse_bytes(fit), chosen, gpus, training_set, efficiency, overrides or [], as_json)
         return
-    report = _report(config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published)
+    at_its_speed = record is not None and (recipe is not None or gpus != record.ranks)
+    report = _report(
+        config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published, at_its_speed
+    )
     written = _write_files(report, plot, timeline, html)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -112,16 +118,48 @@ def show_run(run: Path) -> None:
 
 
 def _report(
-    config, record, run, device, gpus, training_set, efficiency=EFFICIENCY, length=None, price=None, as_published=False
+    config,
+    record,
+    run,
+    device,
+    gpus,
+    training_set,
+    efficiency=EFFICIENCY,
+    length=None,
+    price=None,
+    as_published=False,
+    at_its_speed=False,
 ) -> Report:
+    """at_its_speed: the recipe is not the run's, or on other ranks, and is predicted as fast as the run was."""
     from lavin_ds.profiling.memory import measured
     from lavin_ds.profiling.report import make_report
 
     finished = measured(run) if record else None
+    speed = _reached(record, run, device, finished, efficiency) if record else None
     with console.err.status("simulating a training step"):
+        if at_its_speed:
+            if speed is None or not speed.is_possible:
+                raise UserError(
+                    f"{run} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it "
+                    "ran on, or --tflops, --bandwidth and --memory of it."
+                )
+            device, efficiency = speed.calibrate(device)
         return make_report(
-            config, device, gpus, training_set, efficiency, length, finished, run, price, with_published=as_published
+            config, device, gpus, training_set, efficiency, length, finished, run, price, as_published, speed
         )
+
+
+def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
+    """How fast the run was on `device`; None where it was on another, or the base is fp32 and the rates are not."""
+    from lavin_ds.profiling.reached import ran_on, reached
+    from lavin_ds.profiling.time import estimate
+
+    if not ran_on(device, finished.peak_device_bytes is not None):
+        return None
+    if record.config.model.frozen_dtype == "fp32" and not device.rates:
+        return None
+    training_set = _training_set(record.config, record, None)
+    return reached(run, estimate(record.config, training_set, device, record.ranks, efficiency))
 
 
 def _device(name: str, tflops: float | None = None, bandwidth: float | None = None, memory: float | None = None):
@@ -216,11 +254,11 @@ def params(
 
 
 def _config(recipe: str | None, record: RunRecord | None, overrides: list[str], micro_batch: int | None) -> RunConfig:
-    if (recipe is None) == (record is None):
-        raise UserError("Give either --recipe NAME or --run RUN.")
-    if record and (overrides or micro_batch):
-        raise UserError("A finished run's recipe cannot be changed: use --recipe with changes instead of --run.")
-    if record:
+    if recipe is None and record is None:
+        raise UserError("Give --recipe NAME or --run RUN; both: the recipe, as fast as the run was.")
+    if recipe is None:
+        if overrides or micro_batch:
+            raise UserError("A finished run's recipe cannot be changed: give --recipe with the changes too.")
         return record.config
     if micro_batch:
         overrides = [*overrides, f"training.micro_batch={micro_batch}"]

@@ -60,8 +60,13 @@ class VisionBlock(nn.Module):
             token_MW, owner_N = z_BSW[:, 0], torch.arange(B, device=device).repeat_interleave(S)
         return self.adapters[place](z_BSW.flatten(0, 1), token_MW, owner_N).unflatten(0, (B, S))
 
+    def attention(self, z_BSW: torch.Tensor) -> torch.Tensor:
+        # torch's attention works on [S, B, W]. Were that a view of [B, S, W], the product with a frozen weight would
+        # be S small ones, as matmul copies nothing for a weight without gradient: 20 times as slow in bf16 on a CPU.
+        return self.clip.attention(z_BSW.transpose(0, 1).contiguous().transpose(0, 1))
+
     def forward(self, x_BSW: torch.Tensor) -> torch.Tensor:
-        x_BSW = x_BSW + self.clip.attention(self.adapt("attention", self.clip.ln_1(x_BSW)))
+        x_BSW = x_BSW + self.attention(self.adapt("attention", self.clip.ln_1(x_BSW)))
         return x_BSW + self.clip.mlp(self.adapt("ffn", self.clip.ln_2(x_BSW)))
 
 

@@ -7,6 +7,7 @@ the next. So any sum over operators is linear in their numbers, and so is what i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def from_few_layers(
         return few + (everything - few) * recomputed / config.model.llm.n_layers
 
     def at(layers: int, parts: int) -> np.ndarray:
-        return measure(simulate(_with_parts(config, layers, parts), workload, gpus, published))
+        return measure(_simulated(with_parts(config, layers, parts), workload, gpus, published))
 
     layers, parts = config.model.llm.n_layers, config.model.visual_tokens if config.model.has_vit else 0
     if layers < BASE[0]:
@@ -51,6 +52,12 @@ def from_few_layers(
     return total
 
 
+@lru_cache(maxsize=64)
+def _simulated(config: RunConfig, workload: Workload, gpus: int, published: PublishedOptions | None) -> Simulation:
+    """A step of a small model; a search asks for many of them again."""
+    return simulate(config, workload, gpus, published)
+
+
 def peak_components(simulation: Simulation) -> np.ndarray:
     """Bytes by component at the step's peak, for `from_few_layers`.
 
@@ -60,7 +67,7 @@ def peak_components(simulation: Simulation) -> np.ndarray:
     return np.array([simulation.components[name] for name in COMPONENTS], dtype=float)
 
 
-def _with_parts(config: RunConfig, layers: int, parts: int) -> RunConfig:
+def with_parts(config: RunConfig, layers: int, parts: int) -> RunConfig:
     """The recipe with `layers` LLaMA layers and, if it has a ViT, `parts` visual tokens."""
     model = config.model
     update = {"llm": model.llm.model_copy(update={"n_layers": layers})}

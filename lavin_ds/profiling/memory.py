@@ -180,7 +180,7 @@ def simulate(
             for name in ("images_NHWC", "features_NPW"):
                 if getattr(batch, name) is not None:
                     batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
-            with ConcreteIndices():
+            with ConcreteIndices(mode):
                 tracker = trace_step(model, batch, plan)
     ranks = gpus // config.tensor_parallel
     accumulates = micro_batches(config.training.global_batch, ranks, config.training.micro_batch) > 1

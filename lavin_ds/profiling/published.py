@@ -129,7 +129,7 @@ class PublishedLavin(Lavin):
             return _separate_paths(adapter, z_BSW.flatten(0, 1), w_NE).unflatten(0, (B, S))
 
         z_BSW = adapt("attention", clip.ln_1(x_BSW))
-        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else clip.attention(z_BSW)
+        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else block.attention(z_BSW)
         x_BSW = x_BSW + attended
         z_BSW = adapt("ffn", clip.ln_2(x_BSW))
         if not (self.options.plain_autograd and self.config.vision.quick_gelu):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lavin_ds.config import RunConfig, recomputed_layers
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.devices import GB, OVERHEAD, Device
+from lavin_ds.profiling.devices import DEVICES, GB, OVERHEAD, Device
 from lavin_ds.profiling.memory import Measured, Simulation, simulate, worst_case
 from lavin_ds.profiling.params import ParameterCount, count_parameters
+from lavin_ds.profiling.reached import Reached
 from lavin_ds.profiling.savings import AsPublished, as_published
 from lavin_ds.profiling.time import TimeEstimate, TrainingSet, estimate
 
@@ -62,6 +63,7 @@ class Report:
     measured: Measured | None
     run: Path | None
     published: AsPublished | None = None  # the authors' way, where asked for
+    reached: Reached | None = None  # by the finished run, where the device may be the one it was on
 
     @property
     def published_memory(self) -> float | None:
@@ -80,7 +82,7 @@ class Report:
         return rows
 
     def _our_row(self) -> Row:
-        hours = Cell(f"{self.time.hours:.1f} hours", EXTRAPOLATED, self.time.hours) if self.time else NOTHING
+        hours = Cell(_duration(self.time.hours * 3600), EXTRAPOLATED, self.time.hours) if self.time else NOTHING
         return Row(
             f"{self.config.name} (here)",
             {
@@ -134,6 +136,8 @@ class Report:
             notes.append(f"For the whole recipe: {self._totals()}.")
         else:
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
+        if self.reached:
+            notes.append(self._reached())
         if self.measured and self.measured.peak_device_bytes is None:
             notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
         return notes
@@ -147,10 +151,23 @@ class Report:
             f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s."
         )
 
+    def _reached(self) -> str:
+        speed = self.reached
+        text = (
+            f"{speed.run} took {_duration(speed.step_seconds)} a step, the median of {speed.steps:,}; predicted for it "
+            f"{_duration(speed.predicted_seconds)}: "
+        )
+        if speed.predicted_efficiency == 1:
+            return text + f"it reached {speed.efficiency:.0%} of the speed measured just now."
+        if not speed.is_possible:
+            return text + f"faster than the roofline of {speed.device}, so it was on another device."
+        return text + f"it reached {speed.efficiency:.0%} of the roofline, not {speed.predicted_efficiency:.0%}."
+
     def _totals(self) -> str:
         time = self.time
         parts = [f"{time.pace.steps:,} steps", f"{time.pace.tokens / 1e6:.0f} million tokens"]
-        parts += [f"{time.hours * time.gpus:.1f} GPU hours"]
+        if self.device.name in DEVICES:
+            parts += [f"{time.hours * time.gpus:.1f} GPU hours"]
         if time.kilowatt_hours is not None:
             parts.append(f"{time.kilowatt_hours:.1f} kWh at the GPUs' full board power")
         if time.price is not None:
@@ -169,6 +186,7 @@ class Report:
             "memory": self.memory.as_dict(),
             "time": self.time.as_dict() if self.time else None,
             "measured": self.measured.as_dict() if self.measured else None,
+            "reached": self.reached.as_dict() if self.reached else None,
             "as_published": self.published.as_dict() if self.published else None,
             "overhead_bytes": int(OVERHEAD),
             "table": [row.as_dict() for row in self.rows()],
@@ -189,6 +207,7 @@ def make_report(
     run: Path | None = None,
     price: float | None = None,
     with_published: bool = False,
+    reached: Reached | None = None,
 ) -> Report:
     """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
     # Time first: it finds fault with the number of GPUs at once.
@@ -205,6 +224,7 @@ def make_report(
         measured=measured,
         run=run,
         published=as_published(config, training_set) if with_published else None,
+        reached=reached,
     )
 
 
@@ -234,4 +254,6 @@ def _gb(bytes: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 from torch import nn
 from torch._C._distributed_c10d import FakeProcessGroup
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.distributed.distributed_c10d import _world
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,10 +48,26 @@ class ConcreteIndices(TorchDispatchMode):
 
     Fake tensors have no values, so a boolean mask has no number of rows. Ids, labels, masks and counters are
     small; with their values known, a fake step takes the very branches and shapes a real one does.
+
+    What needs no kernel (devices asked for, updates in place, views) it answers without FakeTensorMode, which takes
+    most of a simulation's time.
     """
+
+    def __init__(self, mode: FakeTensorMode):
+        super().__init__()
+        self.mode = mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.prim.device.default:
+                return args[0].fake_device
+            if _updates_its_first(func):
+                return args[0]
+            if _is_view(func):
+                with in_kernel_invocation_manager(self.mode):
+                    view = func(*args, **kwargs)
+                return FakeTensor(self.mode, view, args[0].fake_device)
         tensors = tensors_in((args, *kwargs.values()))
         is_fake = any(isinstance(x, FakeTensor) for x in tensors)
         makes_floats = not tensors and not _is_integral_factory(func, kwargs)
@@ -53,6 +75,22 @@ class ConcreteIndices(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*_without_masks(args), **kwargs)
+
+
+@cache
+def _updates_its_first(func) -> bool:
+    """Whether it returns its first argument, with other values and the same shape."""
+    schema = func._schema
+    if len(schema.returns) != 1 or torch.Tag.inplace_view in func.tags or func is torch.ops.aten.resize_.default:
+        return False
+    written, returned = schema.arguments[0].alias_info, schema.returns[0].alias_info
+    return bool(written and written.is_write and returned and returned.is_write)
+
+
+@cache
+def _is_view(func) -> bool:
+    returns = func._schema.returns
+    return func.is_view and len(returns) == 1 and str(returns[0].type) == "Tensor"
 
 
 def _is_integral_factory(func, kwargs: dict[str, Any]) -> bool:

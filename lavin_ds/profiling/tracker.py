@@ -73,6 +73,8 @@ class Tracker(TorchDispatchMode):
             self._see(tensor).label = label
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return func(*args)
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inputs, outputs = tensors_in((args, *kwargs.values())), tensors_in((result,))
@@ -85,7 +87,8 @@ class Tracker(TorchDispatchMode):
             size = sum(x.numel() * x.element_size() for x in outputs)
             self.operations.append(Operation(name, self.phase, 0, 0, exchanged=all_reduced(size, self.tensor_parallel)))
         elif not is_view:
-            moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+            has_rows = any(x.numel() for x in outputs)  # a product of no rows reads no weight
+            moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs)) if has_rows else 0
             dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else "float32"
             self.operations.append(Operation(name, self.phase, _flops(func, args, kwargs, result), moved, dtype))
         return result

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_atomically, write_json
+from lavin_ds.run import read_metrics
 from lavin_ds.training.loop import StepResult
 from lavin_ds.training.validation import Scores
 
@@ -48,19 +49,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The steps written down, in order; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def write_suspects(run: Path) -> Path:

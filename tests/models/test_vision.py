@@ -7,6 +7,7 @@ from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, normalise
 from lavin_ds.models.adapters import trainable_parameters
 from lavin_ds.models.vision import VisionTower
+from lavin_ds.profiling.tracker import Tracker
 from lavin_ds.weights.clip import load_clip
 
 SHAPE = {"image_size": 56, "layers": 9, "width": 128, "patch_size": 14}
@@ -56,3 +57,13 @@ def test_building_a_tower_leaves_the_global_random_numbers_alone():
     torch.manual_seed(0)
     VisionTower(VisionConfig(**SHAPE, heads=2))
     assert torch.equal(torch.rand(3), want)
+
+
+def test_frozen_attention_projects_all_images_in_one_product():
+    """And not in one a position, as torch does where its input lies image by image."""
+    tower = VisionTower(VisionConfig(**SHAPE, heads=2), AdapterConfig(kind="mm")).train()
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_("adapters" in name)
+    with Tracker() as tracker:
+        tower(torch.zeros(3, 56, 56, 3, dtype=torch.uint8)).sum().backward()
+    assert "bmm" not in {operation.name for operation in tracker.operations}

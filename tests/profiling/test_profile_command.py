@@ -104,7 +104,7 @@ def test_fit_prints_a_command(recipe):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "either --recipe NAME or --run RUN"),
+        ((), "Give --recipe NAME or --run RUN"),
         (("--recipe", "lavin-7b", "--device", "abacus"), "No device 'abacus'"),
         (("--recipe", "lavin-7b", "model.nek_dim=3"), "unknown key model.nek_dim"),
         (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be dealt"),
@@ -118,7 +118,9 @@ def test_bad_input_is_one_sentence(arguments, message):
         invoke(*arguments)
 
 
-def test_a_finished_run_gets_a_measured_row(recipe, tmp_path):
+@pytest.fixture
+def finished_run(recipe, tmp_path) -> Path:
+    """Of two ranks and 25 steps, 0.2 s each but for those of the start."""
     run = tmp_path / "run"
     run.mkdir()
     config = yaml.safe_load(recipe.read_text())
@@ -132,12 +134,35 @@ def test_a_finished_run_gets_a_measured_row(recipe, tmp_path):
         "versions": {},
     }
     (run / "run.json").write_text(json.dumps(record))
-    summary = {"steps": 3, "samples": 96, "tokens": 900, "seconds": 4.5, "trainable_parameters": 1234}
+    summary = {"steps": 25, "samples": 96, "tokens": 900, "seconds": 4.5, "trainable_parameters": 1234}
     summary |= {"peak_rss_bytes": 800_000_000, "peak_device_bytes": None}
     (run / "summary.json").write_text(json.dumps(summary))
+    steps = [{"step": n, "seconds": 3.0 if n < 5 else 0.2, "skipped": False} for n in range(25)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "adapter.safetensors").write_bytes(b"x" * 5000)
-    report = json.loads(invoke("--run", str(run), "--json"))
+    return run
+
+
+def test_a_finished_run_gets_a_measured_row(finished_run):
+    report = json.loads(invoke("--run", str(finished_run), "--json"))
     assert report["gpus"] == 2
     assert report["measured"]["seconds"] == 4.5
+    assert report["reached"] is None  # it had no GPU, and the report is for one
     assert report["table"][-1]["memory"] == {"text": "800 MB", "mark": "measured", "value": 800_000_000}
     assert any("resident set" in note for note in report["notes"])
+    with pytest.raises(UserError, match="--device that it ran on"):
+        invoke("--run", str(finished_run), "--gpus", "4")
+
+
+def test_others_are_predicted_at_the_speed_that_a_run_reached(finished_run, recipe):
+    device = ("--tflops", "0.1", "--bandwidth", "10", "--memory", "16")
+    own = json.loads(invoke("--run", str(finished_run), *device, "--json"))
+    speed = own["reached"]
+    assert (speed["step_seconds"], speed["steps"]) == (0.2, 20)
+    assert own["time"]["efficiency"] == 0.4 and speed["predicted_seconds"] == own["time"]["step_seconds"]
+    calibrated = ("--run", str(finished_run), *device, "--json")
+    again = json.loads(invoke(*calibrated, "--recipe", str(recipe), "training.micro_batch=1", "data.max_length=64"))
+    assert again["time"]["efficiency"] == speed["efficiency"]
+    assert again["time"]["step_seconds"] == pytest.approx(0.2)
+    four = json.loads(invoke(*calibrated, "--gpus", "4"))
+    assert 0.05 < four["time"]["step_seconds"] < 0.2
