@@ -272,14 +272,20 @@ class _Run:
         )
 
     def _offence(self) -> str:
-        """One sentence that names offenders up to SHOWN, then how many more, then the remedy."""
+        """Names offenders up to SHOWN, a line each, then how many more, then the remedy."""
         offenders = _in_order(self._offenders)
-        shown = "; ".join(map(str, offenders[:SHOWN])) or "and the good ones are over the length limit"
-        more = f"; and {len(offenders) - SHOWN} more" if len(offenders) > SHOWN else ""
+        lines = [str(offender) for offender in offenders[:SHOWN]] or ["and the good ones are over the length limit"]
+        if len(offenders) > SHOWN:
+            lines.append(f"and {len(offenders) - SHOWN:,} more")
         remedy = "Mend them or leave them out with --on-error skip"
         if any(offender.key == "length" for offender in offenders):
             remedy += ", and for their length raise data.max_length or set data.overlength to shorten or drop"
-        return f"{len(offenders)} bad records in {self.job.source.where}: {shown}{more}. {remedy}."
+        if len(offenders) > 1 and all(o.key == "image" and o.reason.endswith("is missing") for o in offenders):
+            remedy += f"; or do their paths start from another folder than {self.job.source.root}?"
+        s = "s" * (len(offenders) != 1)
+        listed = "".join(f"\n  {line}" for line in lines)
+        end = "" if remedy.endswith("?") else "."
+        return f"{len(offenders):,} bad record{s} in {self.job.source.where}:{listed}\n{remedy}{end}"
 
 
 def _check_names(listing: Listing) -> None:

@@ -83,6 +83,8 @@ class ScienceQA:
         return self.data
 
     def listing(self) -> Listing:
+        if self.data.is_file():
+            raise UserError(f"--data {self.data} is a file: give the folder that it lies in.")
         problems, problems_sha256 = read_json(self.data / "problems.json", dict, LAYOUT)
         ids, ids_sha256 = read_json(self.data / "pid_splits.json", dict, LAYOUT)
         sha256 = {"problems.json": problems_sha256, "pid_splits.json": ids_sha256}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
+from typer.core import TyperGroup
 
 from lavin_ds import __version__
 from lavin_ds.cli import (
@@ -20,7 +21,18 @@ from lavin_ds.cli import (
 )
 from lavin_ds.errors import UserError
 
+COMMANDS = ("quickstart", "prep", "validate", "train", "eval", "profile", "export", "merge-delta")
+
+
+class InOrder(TyperGroup):
+    """Lists the commands as one needs them; typer would put groups last."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+
+
 app = typer.Typer(
+    cls=InOrder,
     help="LaVIN: a frozen LLaMA that learns to see through Mixture-of-Modality Adapters, trained with DeepSpeed.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,8 +42,8 @@ app.command("quickstart")(quickstart.quickstart)
 prep.app.command("features")(prep_features.features)
 prep.app.command("inspect")(prep_inspect.inspect_shards)
 app.add_typer(prep.app, name="prep")
-app.command("train", context_settings={"ignore_unknown_options": False})(train.train)
-app.command("validate")(train.validate)
+app.command("train", no_args_is_help=True)(train.train)
+app.command("validate", no_args_is_help=True)(train.validate)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(profile.app, name="profile")
 app.add_typer(export.app, name="export")

@@ -38,7 +38,7 @@ def train(
     hostfile: Hostfile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train adapters. Everything is checked before the first rank starts."""
+    """Train adapters; `lavin-ds validate` with the same words checks everything without doing it."""
     from lavin_ds.training.launcher import launch
 
     arguments = _arguments(recipe, data, llama, clip, out, resume, init_adapter, overrides)
@@ -49,7 +49,7 @@ def validate(
     recipe: Recipe,
     data: Data,
     llama: Llama,
-    out: Out = Path("run"),
+    out: Annotated[Path | None, typer.Option(help="Run directory to make; checked if given.")] = None,
     clip: Clip = None,
     init_adapter: InitAdapter = None,
     resume: Resume = "never",
@@ -58,12 +58,13 @@ def validate(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check what `lavin-ds train` with the same words would do, without doing it. Exit code 2 if anything is wrong."""
+    """Check what `lavin-ds train` would do with the same words. Exit code 2 if anything is wrong."""
     from lavin_ds.training.launcher import all_checks
 
-    arguments = _arguments(recipe, data, llama, clip, out, resume, init_adapter, overrides)
+    arguments = _arguments(recipe, data, llama, clip, out or Path("run"), resume, init_adapter, overrides)
     with console.err.status("checking"):
         checks = all_checks(arguments, ranks, hostfile)
+    checks = [check for check in checks if out or check.name != "run directory"]
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:

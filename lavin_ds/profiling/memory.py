@@ -173,7 +173,8 @@ def simulate(
     plan = zero_plan(config, gpus)
     with first_rank_of(config.tensor_parallel):
         model = build_on_meta(config, published)
-        batch = make_batch(config.model, workload, config.training.packing)
+        # The authors do not pack.
+        batch = make_batch(config.model, workload, packing=config.training.packing and published is None)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             make_fake(model)
             for name in ("images_NHWC", "features_NPW"):

@@ -70,7 +70,8 @@ def launch_command(name: str, ranks: int, hostfile: Path | None, port: int, argu
     script = str(files("lavin_ds.launch") / name)
     where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*launcher, "--quiet", "--master_port", str(port), *where, script, *arguments]
+    # Below critical it reports every end that is not 0 as an error, with the command: a stop with all saved, too.
+    return [*launcher, "--log_level", "critical", "--master_port", str(port), *where, script, *arguments]
 
 
 def run_to_the_end(command: list[str]) -> int:
@@ -167,6 +168,10 @@ def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path |
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
         print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)
         return 1
+    if code > 192:  # DeepSpeed's launcher ends with minus the signal's number, modulo 256
+        name = signal.Signals(256 - code).name
+        guess = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+        print(f"error: a rank was ended by {name}{guess}: go on with --resume auto", file=sys.stderr)
     return code
 
 

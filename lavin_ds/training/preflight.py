@@ -7,6 +7,7 @@ Nothing here imports torch before a file asks for it: most of what is wrong is t
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
     out = arguments.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder.")
+    place = _nearest_folder(out)
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--out {out} cannot be made: {place} may not be written to. Give another --out.")
     has_run = (out / "run.json").exists()
     check_free(out)
     if arguments.resume == "never" and out.exists() and any(path.name != LOCK for path in out.iterdir()):
@@ -198,7 +202,8 @@ def _changed_keys(old: dict, new: dict, free: set[str], prefix: str = "") -> lis
         if isinstance(old[key], dict) and isinstance(new[key], dict):
             changed += _changed_keys(old[key], new[key], free, f"{prefix}{key}.")
         elif old[key] != new[key] and f"{prefix}{key}" not in free:
-            changed.append(f"{prefix}{key}: {old[key]} there, {new[key]} here")
+            there, here = ("a section" if isinstance(side[key], dict) else side[key] for side in (old, new))
+            changed.append(f"{prefix}{key}: {there} there, {here} here")
     return changed
 
 
@@ -212,8 +217,7 @@ def disk_check(arguments: TrainArguments, config: RunConfig) -> Check:
     count = count_parameters(config)
     kept = config.training.keep_checkpoints + 1 + bool(config.training.validate_every)
     needed = kept * count.checkpoint_bytes + 2 * count.adapter_file_bytes
-    place = next(folder for folder in (arguments.out.absolute(), *arguments.out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest_folder(arguments.out)).free
     said = f"{_size(needed)} for {kept} checkpoints and the adapters, {_size(free)} free"
     if free < needed:
         return Check(
@@ -223,6 +227,11 @@ def disk_check(arguments: TrainArguments, config: RunConfig) -> Check:
             passed=False,
         )
     return Check("disk space", said, passed=True)
+
+
+def _nearest_folder(out: Path) -> Path:
+    """The folder itself, or the one that exists above it."""
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
 
 
 def _size(bytes: int) -> str:
@@ -270,6 +279,8 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
         "Lower training.micro_batch or data.max_length, set training.activation_checkpointing=true, or use more or "
         "larger devices."
     )
+    if not torch.cuda.is_available():
+        remedy += f" If its GPUs are elsewhere: `lavin-ds profile --recipe RECIPE --gpus {ranks} --device a100-80g`."
     return Check("memory", f"Memory: {said}. {remedy}", passed=False)
 
 

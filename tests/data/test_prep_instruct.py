@@ -112,6 +112,16 @@ def test_a_bad_record_is_named_or_skipped(tmp_path, tokenizer_file, fault):
     assert len((report.out / "rejects.jsonl").read_text().splitlines()) == 1
 
 
+def test_images_that_are_all_missing_may_be_of_another_folder(tmp_path, tokenizer_file):
+    records = [{"image": f"{n}.jpg", "conversations": said("a", "b")} for n in range(3)]
+    write(tmp_path, llava=records)
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, tokenizer_file)
+    first, *listed, last = str(error.value).splitlines()
+    assert first.startswith("3 bad records in ") and len(listed) == 3 and "llava-1: image " in listed[1]
+    assert "or do their paths start from another folder than " in last
+
+
 def test_images_without_their_folder_are_refused(tmp_path, tokenizer_file):
     write(tmp_path)
     with pytest.raises(UserError, match="llava-0: image is given, and --images is not"):

@@ -227,7 +227,7 @@ def test_a_failed_overwrite_leaves_the_old_shards(tmp_path, tokenizer_file):
 
 def test_overlength_error_names_the_samples_and_the_keys_to_change(tmp_path, tokenizer_file):
     data = write_scienceqa(tmp_path / "data", {"1": record(), "2": record(lecture="directions " * 300)})
-    with pytest.raises(UserError, match=r"train 2: length is \d+ tokens over.*data.overlength"):
+    with pytest.raises(UserError, match=r"(?s)train 2: length is \d+ tokens over.*data.overlength"):
         prepare(tmp_path, tokenizer_file, data, config=small_config(overlength="error"))
 
 

@@ -24,4 +24,4 @@ def tiny() -> RunConfig:
 
 @pytest.fixture
 def tiny_checkpointed() -> RunConfig:
-    return load_recipe("lavin-7b", [*TINY, "training.activation_checkpointing=true"])
+    return load_recipe("lavin-7b", [*TINY, "training.activation_checkpointing=true", "training.packing=false"])

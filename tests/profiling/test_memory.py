@@ -36,7 +36,11 @@ def real_model(config) -> Lavin:
 def test_a_simulated_step_is_the_real_one(fixture, request):
     """Same peaks by component, same operators in the same order with the same FLOPs and bytes."""
     config = request.getfixturevalue(fixture).model_copy(update={"deepspeed": "zero0"})
-    real = summarise(trace_step(real_model(config), make_batch(config.model, WORKLOAD)), WORKLOAD, accumulates=True)
+    real = summarise(
+        trace_step(real_model(config), make_batch(config.model, WORKLOAD, config.training.packing)),
+        WORKLOAD,
+        accumulates=True,
+    )
     fake = simulate(config, WORKLOAD)
     assert fake.phases == real.phases
     assert fake.operations == real.operations
@@ -54,7 +58,7 @@ def test_the_peak_is_that_of_the_allocator(fixture, request):
 
 def allocator_peak(config) -> int:
     """Bytes that torch's CPU allocator holds at most during forward and backward, above what it held before."""
-    model, batch = real_model(config).train(), make_batch(config.model, WORKLOAD)
+    model, batch = real_model(config).train(), make_batch(config.model, WORKLOAD, config.training.packing)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss, labels = model(batch)
         (loss / labels).backward()

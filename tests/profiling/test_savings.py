@@ -16,6 +16,7 @@ def test_savings_lead_from_the_authors_step_to_ours(tiny):
         update={
             "model": tiny.model.model_copy(update={"llm": llm, "vision": None, "frozen_dtype": "fp16"}),
             "data": tiny.data.model_copy(update={"max_length": 96}),
+            "training": tiny.training.model_copy(update={"packing": False}),
             "deepspeed": "zero0",
         }
     )
