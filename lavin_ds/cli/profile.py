@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -172,6 +173,7 @@ def _device(name: str, tflops: float | None = None, bandwidth: float | None = No
         raise UserError("A device of your own needs all three of --tflops, --bandwidth and --memory.")
     if name == HERE:
         console.err.print("measuring a few training steps of small models on this CPU", highlight=False)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
     return device_named(name)
 
 

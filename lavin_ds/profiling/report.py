@@ -254,6 +254,8 @@ def _gb(bytes: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds >= 3600:
+    if seconds >= 1800:
         return f"{seconds / 3600:.1f} hours"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} minutes"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
