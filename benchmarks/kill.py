@@ -40,6 +40,12 @@ from lavin_ds.training.checkpoint import list_steps
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 PLACES = ("a rank", "inner launcher", "outer launcher", "lavin-ds train")
+# Of the command lines; a launcher has other children too, for moments: compilers that it asks for their version.
+WORDS = {
+    "a rank": "launch/train.py",
+    "inner launcher": "deepspeed.launcher.launch",
+    "outer launcher": "deepspeed.launcher.runner",
+}
 INTO_STEPS = 3  # seconds
 START_SHARE = 0.2  # of the kills that come while the run still starts
 console = Console(stderr=True)
@@ -95,8 +101,10 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
         wait(process, rng.uniform(0, INTO_STEPS))
     if process.poll() is not None:
         return None
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    victims = {"lavin-ds train": tree[:1], "outer launcher": tree[1:2], "inner launcher": tree[2:3], "a rank": tree[3:]}
+    root = psutil.Process(process.pid)
+    tree = [root, *root.children(recursive=True)]
+    victims = {name: [one for one in tree[1:] if runs(one, word)] for name, word in WORDS.items()}
+    victims["lavin-ds train"] = [root]
     if not victims[place]:  # does not exist yet
         place = [name for name in reversed(PLACES) if victims[name]][-1]
     victim = rng.choice(victims[place])
@@ -107,10 +115,19 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
         process.poll()
         time.sleep(0.05)
     left = any(alive(p) for p in tree)
-    process.wait(timeout=20)
+    for one in filter(alive, tree):
+        one.kill()
+    process.wait()
     steps = list_steps(run / "checkpoints")
     gone = None if left else round(time.monotonic() - killed, 2)
     return Kill(place, round(killed - began, 2), steps_of(run), steps[-1] if steps else 0, gone)
+
+
+def runs(process: psutil.Process, word: str) -> bool:
+    """Whether the process was started to run `word`, a module or a script."""
+    with suppress(psutil.NoSuchProcess):
+        return any(argument.endswith(word) for argument in process.cmdline()[:4])
+    return False
 
 
 def wait(process: subprocess.Popen, seconds: float) -> None:

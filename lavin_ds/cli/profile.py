@@ -62,7 +62,7 @@ def profile(
         Path | None,
         typer.Option(help="A finished run, beside its prediction; with --recipe or --gpus: those at its speed."),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, or the run's ranks.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, here 1, or the run's ranks.")] = None,
     device: Annotated[
         str, typer.Option(help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU.")
     ] = "a100-80g",
@@ -89,7 +89,7 @@ def profile(
     record = load_run(run) if run else None
     config = _config(recipe, record, overrides or [], micro_batch)
     chosen = _device(device, tflops, bandwidth, memory)
-    gpus = gpus or (record.ranks if record else 8)
+    gpus = gpus or (record.ranks if record else 1 if device == "here" else 8)
     training_set = _training_set(config, record, data)
     if fit:
         if record:

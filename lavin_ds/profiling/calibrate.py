@@ -55,13 +55,15 @@ def this_cpu() -> Device:
 
     from lavin_ds.profiling.measure import in_fresh_processes, measure_seconds
 
-    measured = []
+    settings = []
     for changes, samples in CALIBRATION_MODELS:
         changes = [*changes, "model.vision=null", "deepspeed=zero0", f"training.global_batch={samples}"]
-        config = load_recipe("lavin-7b", changes)
         workload = Workload(samples, 128, image_fraction=0.0, labelled_fraction=0.7)
-        seconds = in_fresh_processes(1, 1, partial(measure_seconds, config, workload))
-        measured.append((simulate(config, workload), seconds))
+        settings.append((load_recipe("lavin-7b", changes), workload))
+    # All measuring goes first: a simulation leaves threads behind, and the measuring processes are forks, which would
+    # wait for these threads' locks for ever.
+    seconds = [in_fresh_processes(1, 1, partial(measure_seconds, *setting)) for setting in settings]
+    measured = [(simulate(*setting), taken) for setting, taken in zip(settings, seconds, strict=True)]
     rates = fit_rates(measured)
     return Device(
         name="this CPU",

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,6 +143,17 @@ def finished_run(recipe, tmp_path) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "adapter.safetensors").write_bytes(b"x" * 5000)
     return run
+
+
+@pytest.mark.slow
+def test_this_cpu_is_measured_and_a_step_of_one_rank_predicted():
+    """In a process of its own: it forks, which pytest's threads and those of earlier simulations would disturb."""
+    command = [Path(sys.executable).with_name("lavin-ds"), "profile", "--recipe", "tiny", "--device", "here", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    time = json.loads(done.stdout)["time"]
+    assert (time["device"], time["gpus"], time["efficiency"]) == ("this CPU", 1, 1.0)
+    assert 0.01 < time["step_seconds"] < 60  # 16 samples of 128 positions in a model of 2 million parameters
 
 
 def test_a_finished_run_gets_a_measured_row(finished_run):
