@@ -103,7 +103,7 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
         return None
     root = psutil.Process(process.pid)
     tree = [root, *root.children(recursive=True)]
-    victims = {name: [one for one in tree[1:] if runs(one, word)] for name, word in WORDS.items()}
+    victims = {name: outermost([one for one in tree[1:] if runs(one, word)]) for name, word in WORDS.items()}
     victims["lavin-ds train"] = [root]
     if not victims[place]:  # does not exist yet
         place = [name for name in reversed(PLACES) if victims[name]][-1]
@@ -121,6 +121,17 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
     steps = list_steps(run / "checkpoints")
     gone = None if left else round(time.monotonic() - killed, 2)
     return Kill(place, round(killed - began, 2), steps_of(run), steps[-1] if steps else 0, gone)
+
+
+def outermost(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are no child of another: between fork and exec a helper still bears its parent's command line."""
+    pids = {process.pid for process in processes}
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.ppid() not in pids:
+                found.append(process)
+    return found
 
 
 def runs(process: psutil.Process, word: str) -> bool:
