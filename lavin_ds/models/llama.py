@@ -332,7 +332,8 @@ class _TokenLoss(torch.autograd.Function):
                 loss = chunk_loss(h, target)
             total += loss.detach()
             if learns:
-                gradients += torch.autograd.grad(loss, h)
+                loss.backward()  # h is the only leaf: LLaMA's weights are frozen
+                gradients.append(h.grad)
         if learns:
             ctx.save_for_backward(torch.cat(gradients))
         return total
