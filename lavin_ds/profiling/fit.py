@@ -28,7 +28,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.profiling.devices import GB, OVERHEAD, Device
 from lavin_ds.profiling.layers import BASE, from_few_layers, peak_components, with_parts
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
-from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, pace
+from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, labelled_share, pace
 from lavin_ds.profiling.tracker import Operation
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -98,7 +98,7 @@ def find_fit(
     efficiency: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fit:
-    """Searches with models of a few layers, then simulates the winner as a whole. About fifteen seconds at 7B.
+    """Searches with models of a few layers, then simulates the winner as a whole. Half a minute at 7B.
 
     Raises:
         UserError: no number of ranks that `gpus` allows can train the recipe's global batch.
@@ -227,8 +227,9 @@ class _Search:
         """Seconds [forward, the rest] of an average micro-batch without images, and of one of its LLaMA layers."""
         config = self._changed(samples, False).config
         walk = pace(self.training_set, config, self.gpus)
-        labelled = min(1.0, self.training_set.labelled_fraction * walk.mean_length / walk.critical_length)
-        workload = Workload(max(1, round(walk.samples)), round(walk.critical_length), 0.0, labelled)
+        workload = Workload(
+            max(1, round(walk.samples)), round(walk.critical_length), 0.0, labelled_share(self.training_set, walk)
+        )
         n = config.model.llm.n_layers
         fewer, whole = (self._seconds(with_parts(config, layers, 1), workload) for layers in (n - 1, n))
         return walk, whole, whole - fewer

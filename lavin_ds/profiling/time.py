@@ -188,6 +188,11 @@ def estimate(
     )
 
 
+def labelled_share(training_set: TrainingSet, walk: Pace) -> float:
+    """Of the positions that an average micro-batch computes, those with a label; padding has none."""
+    return min(1.0, training_set.labelled_fraction * walk.mean_length / walk.critical_length)
+
+
 class MicroStep(NamedTuple):
     """What one rank does for one micro-batch."""
 
@@ -208,7 +213,7 @@ def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, g
     samples = max(1, round(walk.samples))
     images = samples * training_set.image_fraction if config.model.vision else 0.0
     low, share = math.floor(images), images % 1
-    labelled = min(1.0, training_set.labelled_fraction * walk.mean_length / walk.critical_length)
+    labelled = labelled_share(training_set, walk)
 
     def measure(count: int) -> np.ndarray:
         workload = Workload(samples, round(walk.critical_length), count / samples, labelled)
