@@ -6,6 +6,7 @@ Dimensions: B images, S = 1 + patches tokens of an image, W vision width, N = B*
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as OpenClipVision
 from torch import nn
@@ -39,11 +40,37 @@ def _clip_layers(config: VisionConfig, dtype: torch.dtype) -> OpenClipVision:
     return clip
 
 
+class VisionAttention(nn.Module):
+    """Self-attention with the parameters of torch's, by its names.
+
+    torch's own asks whether query, key and value are one tensor. Behind the hooks of ZeRO-3 they are three, and it cuts
+    the gathered weight in three views, which keep the whole of it in memory until backward. It also works on
+    [S, B, W], in which the product with a frozen weight is S small ones.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        self.heads = attention.num_heads
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+
+    def qkv(self, z_BSW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [B, S, heads, W / heads]."""
+        qkv_BSE = F.linear(z_BSW, self.in_proj_weight, self.in_proj_bias)  # E: 3 * W
+        return qkv_BSE.unflatten(-1, (3, self.heads, -1)).unbind(2)
+
+    def forward(self, z_BSW: torch.Tensor) -> torch.Tensor:
+        q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in self.qkv(z_BSW))
+        mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK)
+        return self.out_proj(mixed_BHSK.transpose(1, 2).flatten(2))
+
+
 class VisionBlock(nn.Module):
     """x += MHA(A(ln_1 x)); x += MLP(A'(ln_2 x)), with A and A' adapters or nothing."""
 
     def __init__(self, clip: ResidualAttentionBlock, width: int, adapter: AdapterConfig, batch_routed: bool):
         super().__init__()
+        clip.attn = VisionAttention(clip.attn)
         self.clip = clip
         self.adapters = build_adapters(width, adapter)
         self.batch_routed = batch_routed
@@ -60,13 +87,8 @@ class VisionBlock(nn.Module):
             token_MW, owner_N = z_BSW[:, 0], torch.arange(B, device=device).repeat_interleave(S)
         return self.adapters[place](z_BSW.flatten(0, 1), token_MW, owner_N).unflatten(0, (B, S))
 
-    def attention(self, z_BSW: torch.Tensor) -> torch.Tensor:
-        # torch's attention works on [S, B, W]. Were that a view of [B, S, W], the product with a frozen weight would
-        # be S small ones, as matmul copies nothing for a weight without gradient: 20 times as slow in bf16 on a CPU.
-        return self.clip.attention(z_BSW.transpose(0, 1).contiguous().transpose(0, 1))
-
     def forward(self, x_BSW: torch.Tensor) -> torch.Tensor:
-        x_BSW = x_BSW + self.attention(self.adapt("attention", self.clip.ln_1(x_BSW)))
+        x_BSW = x_BSW + self.clip.attn(self.adapt("attention", self.clip.ln_1(x_BSW)))
         return x_BSW + self.clip.mlp(self.adapt("ffn", self.clip.ln_2(x_BSW)))
 
 

@@ -59,23 +59,22 @@ def highest_allocation(profiler: profile, since: str | None = None) -> int:
     """Bytes that torch's CPU allocator held at most above its start, from a profile with profile_memory.
 
     What gloo's threads allocate is left out: they receive into a copy of every gathered tensor, and NCCL does not.
+    What they release goes unreported: it is gone at the latest when its address is given anew.
 
     since: counts from the beginning of the record_function of that name on.
     """
     events = profiler.profiler.kineto_results.events()
     start = next(e.start_ns() for e in events if e.name() == since) if since else 0
     python_thread = events[0].start_thread_id()
-    held = highest = 0
-    gloo = set()  # addresses
+    total = highest = 0
+    held = {}  # bytes by address
     for moment, address, size, thread in sorted(_allocations(profiler)):
-        if size > 0 and thread != python_thread:
-            gloo.add(address)
-        elif size < 0 and address in gloo:
-            gloo.remove(address)
-        else:
-            held += size
+        total -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size if thread == python_thread else 0
+            total += held[address]
         if moment >= start:
-            highest = max(highest, held)
+            highest = max(highest, total)
     return highest
 
 

@@ -23,7 +23,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import MMAdapter
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
-from lavin_ds.models.vision import VisionBlock
+from lavin_ds.models.vision import VisionAttention, VisionBlock
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class PublishedLavin(Lavin):
             return _separate_paths(adapter, z_BSW.flatten(0, 1), w_NE).unflatten(0, (B, S))
 
         z_BSW = adapt("attention", clip.ln_1(x_BSW))
-        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else block.attention(z_BSW)
+        attended = _eager_vision_attention(clip.attn, z_BSW) if self.options.eager_attention else clip.attn(z_BSW)
         x_BSW = x_BSW + attended
         z_BSW = adapt("ffn", clip.ln_2(x_BSW))
         if not (self.options.plain_autograd and self.config.vision.quick_gelu):
@@ -289,7 +289,5 @@ def _causal_attention(q_BTHK, k_BTHK, v_BTHK) -> torch.Tensor:
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True).transpose(1, 2)
 
 
-def _eager_vision_attention(attention: nn.MultiheadAttention, z_BSW: torch.Tensor) -> torch.Tensor:
-    qkv = F.linear(z_BSW, attention.in_proj_weight, attention.in_proj_bias)
-    q_BSHK, k_BSHK, v_BSHK = (x.unflatten(-1, (attention.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
-    return attention.out_proj(_eager_attention(q_BSHK, k_BSHK, v_BSHK, None).flatten(2))
+def _eager_vision_attention(attention: VisionAttention, z_BSW: torch.Tensor) -> torch.Tensor:
+    return attention.out_proj(_eager_attention(*attention.qkv(z_BSW), None).flatten(2))

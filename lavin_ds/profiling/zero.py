@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lavin_ds.config import RunConfig
 from lavin_ds.profiling.tracker import Life, Tracker
@@ -110,22 +109,21 @@ def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
 
 @dataclass
 class ModuleTrace:
-    """When modules with parameters of their own begin and end, in forward, in recomputation and in backward."""
+    """When modules begin and end, in forward, recomputation and backward, and the parameters that are their own."""
 
     moments: list[tuple[int, bool, tuple[nn.Parameter, ...]]] = field(default_factory=list)  # clock, begins, parameters
 
     @contextmanager
     def of(self, model: nn.Module, tracker: Tracker) -> Iterator[None]:
         hooks = []
-        for module in model.modules():
-            own = _own_parameters(module)
-            if own:
-                hooks += [
-                    module.register_forward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
-                    module.register_forward_hook(lambda *_, own=own: self._note(tracker, False, own)),
-                    module.register_full_backward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
-                    module.register_full_backward_hook(lambda *_, own=own: self._note(tracker, False, own)),
-                ]
+        for module in model.modules():  # those without parameters too: when they begin, others' are prefetched
+            own = tuple(module.parameters(recurse=False))
+            hooks += [
+                module.register_forward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
+                module.register_forward_hook(lambda *_, own=own: self._note(tracker, False, own)),
+                module.register_full_backward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
+                module.register_full_backward_hook(lambda *_, own=own: self._note(tracker, False, own)),
+            ]
         yield
         for hook in hooks:
             hook.remove()
@@ -134,24 +132,28 @@ class ModuleTrace:
         self.moments.append((tracker.tick(), begins, own))
 
 
-def _own_parameters(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return ()  # torch's attention reads this projection's weights itself, and never calls it
-    inside = [m for m in module.children() if isinstance(m, NonDynamicallyQuantizableLinear)]
-    return tuple(p for m in (module, *inside) for p in m.parameters(recurse=False))
+@dataclass
+class _Gathering:
+    """One collective: its buffer, what comes in it, and which of that no module has begun with yet."""
+
+    buffer: Life
+    parameters: list[nn.Parameter]
+    awaited: set[nn.Parameter]
 
 
 def gathered_lives(plan: ZeroPlan, trace: ModuleTrace, end_of_backward: int) -> list[Life]:
     """Whole parameters and gathering buffers of ZeRO-3 over a step, by the rules of its parameter coordinator.
 
     A module's parameters are gathered when it begins, then as many of those that follow as fill the prefetch bucket.
+    What comes in one buffer is copied out of it when the first of them is needed; the buffer goes when a module of the
+    last of them begins (InflightParamRegistry maps each to the handle that holds it).
     When a module ends, its parameters are released unless they are used again within the reuse distance.
     """
     uses = [own for _, begins, own in trace.moments if begins]
     queue = deque((step, p) for step, own in enumerate(uses) for p in own)
     lives: list[Life] = []
     whole: dict[nn.Parameter, Life] = {}
-    in_flight: dict[nn.Parameter, tuple[Life, list[nn.Parameter]]] = {}  # with the buffer it comes in
+    in_flight: dict[nn.Parameter, _Gathering] = {}
     fetched_for: dict[nn.Parameter, int] = {}
     live_elements = 0
     step = 0
@@ -169,16 +171,18 @@ def gathered_lives(plan: ZeroPlan, trace: ModuleTrace, end_of_backward: int) -> 
         nonlocal live_elements
         buffer = grow(clock, parameters, "all_gather")
         live_elements += sum(p.numel() for p in parameters)
-        for p in parameters:
-            in_flight[p] = (buffer, parameters)
+        gathering = _Gathering(buffer, parameters, set(parameters))
+        in_flight.update(dict.fromkeys(parameters, gathering))
 
     def wait(clock: int, parameter: nn.Parameter) -> None:
-        buffer, together = in_flight[parameter]
-        for p in together:
-            del in_flight[p]
-            whole[p] = buffer if len(together) == 1 else grow(clock, [p], "gathered parameter")
-        if len(together) > 1:  # a bucket is copied into its parameters, and then dropped
-            buffer.died = clock
+        gathering = in_flight.pop(parameter)
+        alone = len(gathering.parameters) == 1
+        if len(gathering.awaited) == len(gathering.parameters):
+            for p in gathering.parameters:
+                whole[p] = gathering.buffer if alone else grow(clock, [p], "gathered parameter")
+        gathering.awaited.remove(parameter)
+        if not gathering.awaited and not alone:
+            gathering.buffer.died = clock
 
     for clock, begins, own in trace.moments:
         if begins:

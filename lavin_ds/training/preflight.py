@@ -243,13 +243,12 @@ def loading_check(config: RunConfig, local_ranks: int) -> Check:
 
     A run that has not enough is killed by the system without a word. Not for ranks.
     """
-    import psutil
-
     from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.training.ram import free_ram
 
     frozen = count_parameters(config).frozen_bytes
     needed = local_ranks * (frozen["llm"] // config.tensor_parallel + frozen["vision"])
-    free = psutil.virtual_memory().available
+    free = free_ram()
     said = f"{_size(needed)} of RAM for {local_ranks} rank{'s' * (local_ranks > 1)} to load, {_size(free)} free"
     if free < needed:
         said = f"Loading needs {said}. Free some, start fewer ranks (--ranks), or split the model by tensor_parallel."
@@ -262,16 +261,16 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for
     ranks: it makes this process a world of one.
     """
-    import psutil
     import torch
 
     from lavin_ds.profiling.memory import simulate, worst_case
+    from lavin_ds.training.ram import free_ram
 
     peak = simulate(config, worst_case(config), ranks).peak_bytes
     if torch.cuda.is_available():
         has, where = torch.cuda.get_device_properties(0).total_memory, f"in {torch.cuda.get_device_name(0)}"
     else:
-        has, where = psutil.virtual_memory().available // local_ranks, "of this machine's free memory, no GPU"
+        has, where = free_ram() // local_ranks, "of this machine's free memory, no GPU"
     said = f"{_size(peak)} a rank at full length (simulated); a rank has {_size(has)} {where}"
     if peak <= has:
         return Check("memory", said, passed=True)
