@@ -149,7 +149,6 @@ def test_zero3_gathers_what_is_in_use_and_no_more(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "zero"),
     [
-        pytest.param(["deepspeed=zero1"], None, id="zero1"),
         pytest.param(["tensor_parallel=2", "deepspeed=zero0"], None, id="tensor-parallel"),
         pytest.param([], {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}, id="zero3-none"),
         pytest.param([], {}, id="zero3-all"),
