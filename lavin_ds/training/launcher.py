@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from lavin_ds.errors import UserError
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.preflight import (
     Check,
@@ -66,12 +67,36 @@ def train_command(ranks: int, hostfile: Path | None, port: int, arguments: list[
 
 
 def launch_command(name: str, ranks: int, hostfile: Path | None, port: int, arguments: list[str]) -> list[str]:
-    """The `deepspeed` command line that runs launch/NAME on so many ranks here, or on the slots of a hostfile."""
+    """The `deepspeed` command line that runs launch/NAME on so many ranks here, or on the slots of a hostfile.
+
+    Raises:
+        UserError: there are fewer GPUs, or CUDA_VISIBLE_DEVICES does not number them.
+    """
     script = str(files("lavin_ds.launch") / name)
-    where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
+    where = ["--hostfile", str(hostfile)] if hostfile else _local_devices(ranks)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
     # Below critical it reports every end that is not 0 as an error, with the command: a stop with all saved, too.
     return [*launcher, "--log_level", "critical", "--master_port", str(port), *where, script, *arguments]
+
+
+def _local_devices(ranks: int) -> list[str]:
+    count = gpus()
+    if not count:
+        return ["--num_gpus", str(ranks)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ranks > count:
+        among = f"CUDA_VISIBLE_DEVICES={visible}" if visible else "this machine"
+        raise UserError(f"{ranks} ranks need a GPU each, and {among} has {count}: give --ranks {count} or fewer.")
+    if not visible:
+        return ["--num_gpus", str(ranks)]
+    ids = [word.strip() for word in visible.split(",")][:ranks]
+    if not all(id.isdigit() for id in ids):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} names GPUs, and DeepSpeed's launcher takes numbers only: give those that "
+            "`nvidia-smi -L` shows. A MIG slice has none: `python launch/train.py` trains on it without the launcher."
+        )
+    # With --num_gpus DeepSpeed drops the variable and takes the first GPUs of the machine, whoever uses them.
+    return ["--include", f"localhost:{','.join(ids)}"]
 
 
 def run_to_the_end(command: list[str]) -> int:
@@ -102,7 +127,9 @@ def run_to_the_end(command: list[str]) -> int:
 
 def _environment() -> dict[str, str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
-    if not gpus():
+    if gpus():
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include says it, and DeepSpeed would say that it ignores it
+    else:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
     return environment
 
@@ -122,7 +149,7 @@ def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Pa
     """What `launch` would check, and the memory estimate on any machine."""
     config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     if config:
-        checks.insert(1, _device())
+        checks.insert(1, _device(0 if hostfile else ranks or local_ranks()))
         checks.append(disk_check(arguments, config))
         if all(check.passed for check in checks if check.name in ("ranks", "DeepSpeed")):
             total = count_ranks(ranks, hostfile)
@@ -142,10 +169,14 @@ def count_ranks(ranks: int | None, hostfile: Path | None) -> int:
     return hostfile_ranks(hostfile) if hostfile else ranks or local_ranks()
 
 
-def _device() -> Check:
+def _device(ranks: int) -> Check:
     if count := gpus():
         import torch
 
+        try:
+            _local_devices(ranks)
+        except UserError as error:
+            return Check("devices", str(error), passed=False)
         return Check("devices", f"{count} x {torch.cuda.get_device_name(0)} here", passed=True)
     return Check("devices", "no GPU is visible here: ranks of this machine run on the CPU", passed=True)
 
