@@ -88,10 +88,12 @@ def _fake_cluster(folder: Path) -> None:
     """`sbatch` runs the script here, `srun` two tasks of it; `ssh` finds the one node of the hostfile: this one."""
     folder.mkdir()
     scripts = {
-        "sbatch": 'shift 2\nexport SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here\nbash "$@"\n',
+        "sbatch": "shift 2\nexport SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=here\n"
+        'export SLURM_CPUS_PER_TASK=1\nbash "$@"\n',
         "scontrol": "echo 127.0.0.1\n",
         "ssh": "echo 127.0.0.1\n",  # DeepSpeed asks a node for its address, and starts a single one without ssh
-        "srun": 'shift\nfor i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids="$pids $!"; done\n'
+        "srun": ": ${SRUN_CPUS_PER_TASK:?}\nshift\n"  # which srun does not take from sbatch
+        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids="$pids $!"; done\n'
         "for pid in $pids; do wait $pid || exit $?; done\n",
     }
     for name, body in scripts.items():
