@@ -34,7 +34,6 @@ def main() -> None:
     from lavin_ds.training import rank
     from lavin_ds.training.arguments import TrainArguments
 
-    rank.watch_launchers()
     arguments = TrainArguments(
         recipe=given.recipe,
         data=given.data,

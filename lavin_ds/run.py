@@ -7,6 +7,7 @@ RUN/adapter.safetensors  the trained adapters, once the run is complete; adapter
 RUN/summary.json         what it cost: steps, seconds, peak memory
 RUN/suspects.json        samples of the steps that a diverged run stopped at
 RUN/.lock                held while a process trains here
+RUN/.stop                asks a run on several nodes to save and end
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
 
-LOCK = ".lock"
+LOCK, STOP = ".lock", ".stop"
 
 
 class Inputs(BaseModel):

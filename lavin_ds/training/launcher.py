@@ -2,7 +2,8 @@
 
 DeepSpeed's launcher ends its ranks hard on a signal, and leaves them training when it is killed itself. So the
 whole job is a session of its own: signals go to the ranks, which finish their step and save, and when the launcher
-has ended, whatever is left of the session is ended too.
+has ended, whatever is left of the session is ended too. Ranks of other nodes get no signal: a file in the run directory
+asks them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from lavin_ds.errors import UserError
+from lavin_ds.run import STOP
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.preflight import (
     Check,
@@ -99,18 +101,27 @@ def _local_devices(ranks: int) -> list[str]:
     return ["--include", f"localhost:{','.join(ids)}"]
 
 
-def run_to_the_end(command: list[str]) -> int:
-    """Runs a launch in a session of its own; returns its exit code when nothing of it is left."""
-    launcher = subprocess.Popen(command, start_new_session=True, env=_environment())
+def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
+    """Runs a launch in a session of its own; returns its exit code when nothing of it is left.
 
-    interrupted = False
+    stop_file: asks ranks that no signal reaches, as they run on other nodes, to save and end.
+    """
+    if stop_file:
+        stop_file.unlink(missing_ok=True)
+    launcher = subprocess.Popen(command, start_new_session=True, env=_environment())
+    interrupts = 0
 
     def forward(number, _frame):
-        nonlocal interrupted
+        nonlocal interrupts
         ranks = _ranks(launcher.pid)
-        if interrupted or not ranks:  # nothing to save, or a person who will not wait
+        if stop_file and not ranks and not interrupts:
+            stop_file.parent.mkdir(parents=True, exist_ok=True)
+            stop_file.touch()
+        elif stop_file and not ranks and interrupts == 1:
+            launcher.terminate()  # DeepSpeed ends them where they are, by name: other launches there, too
+        elif interrupts or not ranks:  # a person who will not wait, or nothing to save
             os.killpg(launcher.pid, signal.SIGKILL)
-        interrupted = number == signal.SIGINT
+        interrupts += number == signal.SIGINT
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
@@ -194,7 +205,8 @@ def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path |
         here = local_ranks() if hostfile else total
         refuse([loading_check(config, here), memory_check(config, total, here)])
     before = _identity(arguments.out / "summary.json")
-    code = run_to_the_end(train_command(total, hostfile, free_port(), arguments.words()))
+    command = train_command(total, hostfile, free_port(), arguments.words())
+    code = run_to_the_end(command, arguments.out / STOP if hostfile else None)
     if code == 0 and _identity(arguments.out / "summary.json") == before:
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
         print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)

@@ -160,7 +160,7 @@ class Loop:
                 sums = losses[0].new_tensor([0.0, sum(data.tokens), padded, 0.0])
                 sums[0] = torch.stack(losses).sum()
                 totals = sums / tensor_parallel_size()
-                totals[3] = float(bool(stop.received))
+                totals[3] = float(stop.is_wanted())
                 dist.all_reduce(totals)
                 # Times 1. But where any rank's loss is not finite, times NaN on all of them: then every gradient is
                 # NaN on every rank, and none makes an update that the others do not.

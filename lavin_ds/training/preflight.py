@@ -18,7 +18,7 @@ from lavin_ds.data.sampler import micro_batches, total_steps
 from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
-from lavin_ds.run import LOCK, check_free, load_run
+from lavin_ds.run import LOCK, STOP, check_free, load_run
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
 from lavin_ds.weights.adapter import check_fits
@@ -170,7 +170,7 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
         raise UserError(f"--out {out} cannot be made: {place} may not be written to. Give another --out.")
     has_run = (out / "run.json").exists()
     check_free(out)
-    if arguments.resume == "never" and out.exists() and any(path.name != LOCK for path in out.iterdir()):
+    if arguments.resume == "never" and out.exists() and any(path.name not in (LOCK, STOP) for path in out.iterdir()):
         remedy = "go on with --resume auto, or give another --out" if has_run else "give another --out"
         raise UserError(f"--out {out} is not empty: {remedy}.")
     if arguments.resume == "auto" and has_run:

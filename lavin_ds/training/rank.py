@@ -8,16 +8,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
 from lavin_ds.errors import UserError
+from lavin_ds.run import STOP
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.preflight import preflight
 
@@ -25,32 +28,61 @@ LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by lavin_ds.training.launcher
 LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5  # for the launcher to end the ranks that a failed one leaves behind
+STOP_SECONDS = 30  # to finish a step and save; as long as DeepSpeed's launcher gives a rank
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "tcpstore")
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and Slurm's SIGUSR1 into a wish to stop after the current step."""
+    """Turns SIGTERM, SIGINT and Slurm's SIGUSR1 into a wish to stop after the current step; the file RUN/.stop, too.
 
-    def __init__(self):
-        self.received = 0
+    received: the signal's number. heeded: the training asks at every step, so there is something to save. over: the
+    training has ended, and only the process's own end is left.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self.received, self.heeded, self.over = 0, False, False
+        self.file = file
+        self._arrivals, arrivals = os.pipe()
+        os.set_blocking(arrivals, False)
+        signal.set_wakeup_fd(arrivals, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame) -> None:
         self.received = number
 
+    def is_wanted(self) -> bool:
+        """Asked once a step."""
+        self.heeded = True
+        return bool(self.received) or (self.file is not None and self.file.exists())
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, or until a signal comes, which is noted even while the main thread waits in a collective: there
+        Python runs no handler."""
+        if select.select([self._arrivals], [], [], seconds)[0]:
+            self.received = os.read(self._arrivals, 1)[0]
+
+    def end(self) -> None:
+        self.over = True
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
 
 def run(arguments: TrainArguments) -> int:
     """Trains on this rank; returns its exit code. A failure is told on stderr, the first one before its consequences:
     a rank that only lost its peer waits for the launcher to end it."""
     rank = os.environ.get("RANK", "0")
-    stop = StopSignal()  # before the slow imports: a signal that comes now counts too
+    # Before the slow imports: a signal that comes now counts too.
+    stop = StopSignal(arguments.out / STOP if rank == "0" else None)
+    watch_launchers(stop)
     try:
         config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         from lavin_ds.training.job import train
 
-        return train(arguments, config, stop)
+        code = train(arguments, config, stop)
+        stop.end()
+        return code
     except UserError as error:
         if rank != "0":
             _wait(stop)  # rank 0 says the same, unless it is this node's trouble alone
@@ -83,15 +115,19 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-def watch_launchers() -> None:
-    """Starts a thread that kills this process when one of those that started it is gone: DeepSpeed's two launchers and
+def watch_launchers(stop: StopSignal | None = None) -> None:
+    """Starts a thread that ends this process when one of those that started it is gone: DeepSpeed's two launchers and
     `lavin-ds train`. Killed themselves, they cannot end it, and it would train on unseen.
+
+    A rank that trains saves first where a signal may have ended the launcher: `deepspeed` dies at once of those that
+    stop a run. And a rank that is told to end because another failed is killed: it waits for that one in a collective,
+    and the launcher would give it 30 seconds.
 
     A thread that looks, not PR_SET_PDEATHSIG: that tells of the parent alone, and only on Linux.
     """
     launchers = _launchers()
     if launchers:
-        threading.Thread(target=_watch, args=(launchers,), name="watch", daemon=True).start()
+        threading.Thread(target=_watch, args=(launchers, stop), name="watch", daemon=True).start()
 
 
 def is_launcher(command: list[str]) -> bool:
@@ -114,12 +150,31 @@ def _launchers() -> list[psutil.Process]:
     return found
 
 
-def _watch(launchers: list[psutil.Process]) -> None:
+def _watch(launchers: list[psutil.Process], stop: StopSignal | None) -> None:
+    sleep = stop.sleep if stop else time.sleep
     while all(_is_alive(process) for process in launchers):
-        time.sleep(WATCH_SECONDS)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sleep(WATCH_SECONDS)
+        if stop and stop.received and not stop.over and _has_lost_a_rank(launchers[0]):
+            time.sleep(1)  # when a run was stopped and has saved, one rank may be quicker
+            if not stop.over:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if not (stop and stop.received) and os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: the process that started this training is gone: ending it", file=sys.stderr, flush=True)
+    # `lavin-ds train` passes signals on, so if none came, it was killed and nobody waits. `deepspeed` may have got one.
+    if stop and stop.heeded and (stop.received or LAUNCHER_PID not in os.environ):
+        stop.received = stop.received or signal.SIGTERM
+        time.sleep(STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _has_lost_a_rank(launcher: psutil.Process) -> bool:
+    """Whether DeepSpeed's launcher has fewer ranks left than it started."""
+    script = psutil.Process().cmdline()[:3]  # it has other children, too, for moments
+    with suppress(psutil.NoSuchProcess):
+        below = launcher.children(recursive=True)
+        ranks = [process for process in below if _is_alive(process) and process.cmdline()[:3] == script]
+        return len(ranks) < int(os.environ.get("LOCAL_SIZE", "0"))  # which DeepSpeed's launcher sets
+    return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -132,7 +132,7 @@ def test_resuming_with_another_recipe_names_the_key(train, tiny_shards, tmp_path
 
 def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "local_ranks", lambda: 2)
-    monkeypatch.setattr(launcher, "run_to_the_end", lambda command: sys.exit(" ".join(command)))
+    monkeypatch.setattr(launcher, "run_to_the_end", lambda command, _: sys.exit(" ".join(command)))
     command = str(train(tiny_shards, tmp_path / "run").code)
     assert "--num_gpus 2" in command and "train.py --recipe tiny" in command
 
@@ -142,7 +142,7 @@ def test_a_run_is_checked_without_importing_torch(tiny_shards, tmp_path):
     said = (
         "import sys; from lavin_ds.cli import main; from lavin_ds.training import launcher\n"
         "heavy = {'torch', 'transformers', 'deepspeed'}\n"
-        "launcher.run_to_the_end = lambda _: sys.exit(' '.join(heavy & set(sys.modules)))\n"
+        "launcher.run_to_the_end = lambda *_: sys.exit(' '.join(heavy & set(sys.modules)))\n"
         "main.run()"
     )
     command = [sys.executable, "-c", said, *words_of(tiny_shards, tmp_path / "run", "--ranks", "2")]

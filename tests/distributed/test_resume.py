@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -105,12 +106,13 @@ def checkpoint_files(run: Path) -> dict[str, bytes]:
 def start(command: list[str], metrics: Path, steps: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """Starts a launch as `lavin-ds train` does, in a process that gets the signals; returns when it has written down
     `steps` steps, those of an earlier start included, with all processes below it."""
+    return start_bare([command[0], str(Path(__file__).with_name("run_launch.py")), *command], metrics, steps)
+
+
+def start_bare(command: list[str], metrics: Path, steps: int, **more) -> tuple[subprocess.Popen, list[psutil.Process]]:
     old = metrics.stat().st_ino if metrics.exists() else None  # a start begins with a new file
-    script = Path(__file__).with_name("run_launch.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    outer = subprocess.Popen(
-        [command[0], str(script), *command], env=environment, stderr=subprocess.PIPE, start_new_session=True
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
+    outer = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.stat().st_ino != old and len(metrics.read_text().splitlines()) >= steps):
         assert outer.poll() is None and time.monotonic() < deadline, "the run did not get going"
@@ -141,6 +143,61 @@ def test_sigterm_saves_and_leaves_no_process_and_the_run_goes_on(workplace, unin
     assert len(list_steps(run / "checkpoints")) == 1
     assert b"go on with --resume auto" in outer.stderr.read()
     assert_same_run(workplace.train("stopped", 2, *words, resume="auto"), uninterrupted)
+
+
+def test_signals_to_a_bare_deepspeed_launch_save_too(workplace, without_dropout):
+    """It dies of them at once, and the ranks are told by their terminal, or by its end."""
+    run = workplace.folder / "runs" / "bare"
+    words = ("training.checkpoint_every=1000",)
+    stops = ((3, 1, lambda outer: outer.terminate()), (6, 2, lambda outer: os.killpg(outer.pid, signal.SIGINT)))
+    for steps, ranks, stop in stops:
+        command = workplace.command("bare", ranks, *words, resume="auto")
+        outer, below = start_bare(command, run / "metrics.jsonl", steps)
+        stop(outer)
+        assert gone(below, 20)
+        assert b"go on with --resume auto" in outer.communicate(timeout=10)[1]
+        assert list_steps(run / "checkpoints")[-1] == len((run / "metrics.jsonl").read_text().splitlines()) < 20
+    run = workplace.train("bare", 2, *words, resume="auto")
+    torch.testing.assert_close(run.losses, without_dropout.losses, rtol=1e-5, atol=0)
+
+
+# Nodes that are this machine, whose processes are nobody's children here.
+PDSH = """
+while [ "$1" != -w ]; do shift; done
+hosts=${2//,/ }; shift 2
+codes=$(mktemp -d) n=0 worst=0
+for host in $hosts; do
+    line="$*" code="$codes/$n"
+    line="${line//%n/$n}; echo \\$? > $code.tmp; mv $code.tmp $code"
+    (env -u LAVIN_DS_LAUNCHER_PID setsid bash -c "$line" &)
+    n=$((n + 1))
+done
+for ((i = 0; i < n; i++)); do
+    until [ -e "$codes/$i" ]; do sleep 0.1; done
+    code=$(cat "$codes/$i")
+    worst=$((code > worst ? code : worst))
+done
+exit $worst
+"""
+
+
+def test_sigterm_saves_a_run_on_several_nodes_and_leaves_no_process(workplace, tmp_path):
+    for name, body in (("pdsh", PDSH), ("ssh", "echo 127.0.0.1")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hostfile").write_text("node-1 slots=1\nnode-2 slots=1\n")
+    run = workplace.folder / "runs" / "nodes"
+    words = workplace.arguments("nodes", *ENDLESS, "training.checkpoint_every=1000").words()
+    lavin_ds = str(Path(sys.executable).with_name("lavin-ds"))
+    command = [lavin_ds, "train", "--hostfile", str(tmp_path / "hostfile"), *words]
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    outer, below = start_bare(command, run / "metrics.jsonl", 3, PATH=path)
+    outer.terminate()
+    assert outer.wait(timeout=60) == 143, outer.stderr.read()
+    assert gone(below, 0.2)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(run) in (p.info["cmdline"] or [])]
+    assert list_steps(run / "checkpoints") == [len((run / "metrics.jsonl").read_text().splitlines())]
+    assert not (run / ".stop").exists()
 
 
 def test_killed_launchers_and_ranks_leave_nothing_running(workplace):

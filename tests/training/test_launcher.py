@@ -1,10 +1,13 @@
-"""Which devices a launch takes."""
+"""Which devices a launch takes, and what it passes on."""
 
 from __future__ import annotations
 
 import base64
 import json
+import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +75,24 @@ def test_deepspeed_starts_the_ranks_on_the_visible_gpus(machine, monkeypatch):
     runner.main(command[3:])
     world = next(word.split("=", 1)[1] for word in started[0] if word.startswith("--world_info="))
     assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [2, 3]}
+
+
+def test_ranks_on_other_nodes_are_asked_to_stop_then_ended_by_deepspeed(tmp_path):
+    asked, stop = tmp_path / "asked", tmp_path / "run" / ".stop"
+    deepspeed = ["bash", "-c", f"trap 'exit 7' TERM; touch {asked}; while :; do sleep 0.1; done"]
+    code = "import sys; from pathlib import Path; from lavin_ds.training.launcher import run_to_the_end as run\n"
+    code += "sys.exit(run(sys.argv[2:], Path(sys.argv[1])))"
+    launch = subprocess.Popen([sys.executable, "-c", code, str(stop), *deepspeed])
+    for path in (asked, stop):
+        wait_for(path)
+        time.sleep(0.2)
+        assert launch.poll() is None
+        launch.send_signal(signal.SIGINT)
+    assert launch.wait(timeout=20) == 7
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
