@@ -235,6 +235,54 @@ class Block(nn.Module):
         return x_ND + self.feed_forward(z_ND)
 
 
+class _TokenLoss(torch.autograd.Function):
+    """Each chunk's gradient is made while its logits exist: they are neither kept for backward nor made again."""
+
+    @staticmethod
+    def forward(ctx, h_ND, target_N, chunk_loss):
+        learns = ctx.needs_input_grad[0]
+        total = h_ND.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for h, target in zip(h_ND.split(LOSS_CHUNK), target_N.split(LOSS_CHUNK), strict=True):
+            with torch.set_grad_enabled(learns):
+                h = h.detach().requires_grad_(learns)
+                loss = chunk_loss(h, target)
+            total += loss.detach()
+            if learns:
+                loss.backward()  # h is the only leaf: LLaMA's weights are frozen
+                gradients.append(h.grad)
+        if learns:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (gradient_ND,) = ctx.saved_tensors
+        # In fp32: a factor of one over the labels, rounded to bf16, would be wrong by up to 0.4% in every step.
+        return (gradient_ND.float() * gradient).to(gradient_ND.dtype), None, None
+
+
+class Output(ColumnParallelLinear):
+    """The projection to the vocabulary, and the loss behind it.
+
+    All of the loss's chunks are one call of this module: ZeRO-3 gathers its weight once, and ranks with different
+    numbers of chunks would wait for one another forever if each were a call.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised)
+
+    def forward(self, h: torch.Tensor, target_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V], of a tensor-parallel rank its part; or of rows [N, D] the sum of the cross-entropies."""
+        return super().forward(h) if target_N is None else _TokenLoss.apply(h, target_N, self._chunk_loss)
+
+    def _chunk_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        logits_NV = super().forward(h_ND).float()
+        if tensor_parallel_size() == 1:
+            return F.cross_entropy(logits_NV, target_N, reduction="sum")
+        return vocab_parallel_cross_entropy(logits_NV, target_N).sum()
+
+
 class Llama(nn.Module):
     """LLaMA. Parameter names are Meta's; adapters live beside them under `layers.N.adapters`."""
 
@@ -255,7 +303,7 @@ class Llama(nn.Module):
             )
             self.layers = nn.ModuleList(Block(config, adapter or AdapterConfig()) for _ in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
-            self.output = _column(config.dim, config.vocab_size)
+            self.output = Output(config.dim, config.vocab_size)
 
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.tok_embeddings(ids_BT)
@@ -309,37 +357,4 @@ class Llama(nn.Module):
 
     def token_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropies in fp32 of labelled rows; logits exist for LOSS_CHUNK rows at a time."""
-        return _TokenLoss.apply(h_ND, target_N, self._chunk_loss)
-
-    def _chunk_loss(self, h_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        logits_NV = self.output(h_ND).float()
-        if tensor_parallel_size() == 1:
-            return F.cross_entropy(logits_NV, target_N, reduction="sum")
-        return vocab_parallel_cross_entropy(logits_NV, target_N).sum()
-
-
-class _TokenLoss(torch.autograd.Function):
-    """Each chunk's gradient is made while its logits exist: they are neither kept for backward nor made again."""
-
-    @staticmethod
-    def forward(ctx, h_ND, target_N, chunk_loss):
-        learns = ctx.needs_input_grad[0]
-        total = h_ND.new_zeros((), dtype=torch.float32)
-        gradients = []
-        for h, target in zip(h_ND.split(LOSS_CHUNK), target_N.split(LOSS_CHUNK), strict=True):
-            with torch.set_grad_enabled(learns):
-                h = h.detach().requires_grad_(learns)
-                loss = chunk_loss(h, target)
-            total += loss.detach()
-            if learns:
-                loss.backward()  # h is the only leaf: LLaMA's weights are frozen
-                gradients.append(h.grad)
-        if learns:
-            ctx.save_for_backward(torch.cat(gradients))
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (gradient_ND,) = ctx.saved_tensors
-        # In fp32: a factor of one over the labels, rounded to bf16, would be wrong by up to 0.4% in every step.
-        return (gradient_ND.float() * gradient).to(gradient_ND.dtype), None, None
+        return self.output(h_ND, target_N)

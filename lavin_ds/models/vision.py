@@ -61,7 +61,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, z_BSW: torch.Tensor) -> torch.Tensor:
         q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in self.qkv(z_BSW))
-        mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK)
+        # No images, no attention: FlashAttention of torch before 2.10 refuses a batch of none.
+        mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK) if len(z_BSW) else v_BHSK
         return self.out_proj(mixed_BHSK.transpose(1, 2).flatten(2))
 
 

@@ -7,14 +7,17 @@ Nothing else is needed to go on: the order of samples, the learning rate and the
 of (seed, step). At 3.8M parameters the file has 45 MB, so it is not worth splitting over ranks, and a run resumes
 on another number of ranks or at another ZeRO stage.
 
-A checkpoint is put together in a folder of another name and renamed when it is complete and on disk.
+A checkpoint is put together in a folder of another name and renamed when it is complete and on disk. One that turns
+out damaged is renamed to damaged-step-00000200: kept to be looked at, and in nobody's count.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import torch as safetensors_torch
 from torch import nn
 
 from lavin_ds.data.shards import file_sha256
@@ -34,6 +37,7 @@ from lavin_ds.training import scale
 from lavin_ds.weights.tensor_files import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DAMAGED = (OSError, ValueError, TypeError, SafetensorError)  # what `load` raises
 
 
 @dataclass(frozen=True)
@@ -72,25 +76,33 @@ def gather_values(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Par
 
 
 def save(
-    folder: Path, engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Parameter], at: Position, keep: int
+    folder: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    trainable: dict[str, nn.Parameter],
+    at: Position,
+    keep: int,
+    warn: Callable[[str], None],
 ) -> None:
     """Writes a checkpoint and removes all but the newest `keep` and the one with the least validation loss.
 
-    Every rank must call it; rank 0 writes, and all return when the checkpoint is on disk.
+    Every rank must call it, once a step; rank 0 writes, and all return when the checkpoint is on disk. `warn(sentence)`
+    is told of an old checkpoint that cannot be removed.
 
     Raises:
         UserError: on rank 0, it cannot be written. The checkpoints before it are as they were.
     """
-    tensors = {f"value/{name}": value for name, value in gather_values(engine, trainable).items()}
-    _link_moments(engine)
+    values = gather_values(engine, trainable)
+    tensors = {f"value/{name}": value for name, value in values.items()}
+    if at.updates:
+        _link_moments(engine)
     for moment in MOMENTS:
         for name, parameter in trainable.items():
-            tensors[f"{moment}/{name}"] = _get_moment(engine, parameter, moment).cpu().clone()
+            # Before the first update the optimizer has no moments yet.
+            whole = _get_moment(engine, parameter, moment) if at.updates else torch.zeros_like(values[name])
+            tensors[f"{moment}/{name}"] = whole.cpu().clone()
     if dist.get_rank() == 0:
         _write(folder, at, tensors)
-        kept = {*list_steps(folder)[-keep:], best_step(folder)}
-        for old in set(list_steps(folder)) - kept:
-            shutil.rmtree(folder / _name(old))
+        _prune(folder, keep, warn)
     dist.barrier()
 
 
@@ -106,9 +118,7 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
         state = unfinished / "state.safetensors"
         save_tensors(tensors, state)
         write_json(unfinished / "state.json", asdict(at) | {"sha256": file_sha256(state)})
-        final = folder / _name(at.step)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
+        unfinished.rename(folder / _name(at.step))  # fails if it exists: a whole checkpoint makes room for none
         sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -116,6 +126,15 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
             f"The checkpoint of step {at.step} cannot be written to {folder}: {error}. Those before it are intact: "
             "free space and go on with --resume auto."
         ) from None
+
+
+def _prune(folder: Path, keep: int, warn: Callable[[str], None]) -> None:
+    steps = list_steps(folder)
+    for old in sorted(set(steps) - {*steps[-keep:], best_step(folder)}):
+        try:
+            shutil.rmtree(folder / _name(old))
+        except OSError as error:  # it costs space, not the run
+            warn(f"The old checkpoint {folder / _name(old)} cannot be removed: {error}.")
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -148,19 +167,83 @@ def _record(folder: Path, step: int) -> dict:
 def load(folder: Path, step: int) -> Checkpoint:
     """Raises OSError, ValueError, TypeError or SafetensorError for a checkpoint that is damaged."""
     record = _record(folder, step)
-    state = folder / _name(step) / "state.safetensors"
-    if record.pop("sha256", None) != file_sha256(state):
+    content = (folder / _name(step) / "state.safetensors").read_bytes()  # not mapped: NFS keeps a mapped file's folder
+    if record.pop("sha256", None) != hashlib.sha256(content).hexdigest():
         raise ValueError("its checksum does not hold")
-    return Checkpoint(Position(**record), load_file(state))
+    return Checkpoint(Position(**record), safetensors_torch.load(content))
 
 
-def load_newest(folder: Path, warn) -> Checkpoint | None:
-    """The newest checkpoint whose checksum holds; `warn(sentence)` is told of every damaged one passed over."""
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose checksum holds.
+
+    Every damaged one passed over is renamed, so that it neither takes the place of a good one that `save` would keep
+    nor is in the way when its step is made anew; `warn(sentence)` is told.
+    """
     for step in reversed(list_steps(folder)):
         try:
             return load(folder, step)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            warn(f"The checkpoint {folder / _name(step)} is damaged ({error}): going back to the one before it.")
+        except DAMAGED as error:
+            damaged = folder / _name(step)
+            aside = folder / f"damaged-{_name(step)}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            damaged.rename(aside)
+            warn(
+                f"The checkpoint {damaged} is damaged ({error}): going back to the one before it. It is now "
+                f"{aside.name}, and nothing reads it: delete it when you have seen it."
+            )
+    return None
+
+
+def load_newest_on_all_ranks(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """`load_newest` of rank 0, loaded by every rank, each from the disk. Every rank must call it.
+
+    Raises:
+        UserError: on all ranks alike, if one of them does not see what rank 0 sees.
+    """
+    newest = load_newest(folder, warn) if dist.get_rank() == 0 else None
+    chosen = [newest and _record(folder, newest.at.step)]
+    dist.broadcast_object_list(chosen, src=0)
+    trouble = None
+    if dist.get_rank() != 0:
+        try:
+            newest = _load_the_same(folder, chosen[0])
+        except DAMAGED as error:
+            trouble = str(error) or repr(error)
+    troubles: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(troubles, trouble)
+    others = [rank for rank, told in enumerate(troubles) if told]
+    if others:
+        found = f"the checkpoint of step {chosen[0]['step']}" if chosen[0] else "no checkpoint"
+        raise UserError(
+            f"The ranks do not see the same in {folder}. Rank 0 finds {found}; rank {', '.join(map(str, others))}: "
+            f"{troubles[others[0]]}. --out must be on a file system that all nodes share."
+        )
+    return newest
+
+
+def _load_the_same(folder: Path, record: dict | None) -> Checkpoint | None:
+    """What rank 0 has found, told by its state.json; raises as `load` does where it is not here."""
+    if record is None:
+        if steps := list_steps(folder):
+            raise ValueError(f"the checkpoint of step {steps[-1]}")
+        return None
+    if _record(folder, record["step"]).get("sha256") not in (None, record["sha256"]):
+        raise ValueError("another checkpoint of that step")
+    return load(folder, record["step"])
+
+
+def load_best(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint with the least validation loss of those whose checksum holds; `warn(sentence)` is told of a better
+    one that is damaged."""
+    losses = _validation_losses(folder)
+    for step in sorted(losses, key=losses.__getitem__):
+        try:
+            return load(folder, step)
+        except DAMAGED as error:
+            warn(
+                f"The checkpoint {folder / _name(step)}, of the best validation, is damaged ({error}): taking the next "
+                "best."
+            )
     return None
 
 

@@ -79,7 +79,7 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     if is_first:
         _record(arguments, config).save(out)
     console.say(f"Loading {config.name} on {dist.get_world_size()} {device.type} rank(s)")
-    start = checkpoint.load_newest(checkpoints, console.warn) if arguments.resume == "auto" else None
+    start = checkpoint.load_newest_on_all_ranks(checkpoints, console.warn) if arguments.resume == "auto" else None
     init = None if start else arguments.init_adapter
     if init and is_first and (warning := base_warning(init, arguments.llama, arguments.clip)):
         console.warn(warning)
@@ -92,15 +92,20 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     engine = build_engine(model, config, out / "monitors")
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
+    del start  # its tensors
     loop = Loop(engine, config, ShardReader(arguments.data, SPLIT), device, at)
     training = config.training
     validation = None
     if training.validate_every:
         validation = Validation(engine, config, ShardReader(arguments.data, VALIDATION_SPLIT), device)
     metrics = MetricsFile(out / "metrics.jsonl", at.step) if is_first else None
+    saved = at.step
 
     def save() -> None:
-        checkpoint.save(checkpoints, engine, trainable, at, training.keep_checkpoints)
+        nonlocal saved
+        if at.step != saved:  # a stop may come behind a step that was saved anyway
+            checkpoint.save(checkpoints, engine, trainable, at, training.keep_checkpoints, console.warn)
+            saved = at.step
 
     def on_step(result: StepResult) -> None:
         nonlocal at
@@ -138,9 +143,8 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
         features = loop.reader.manifest.features if config.model.vision_source == "cached" else None
         base = (config, arguments.llama, arguments.clip, features.clip_sha256 if features else None)
         save_adapter(out / "adapter.safetensors", values, *base)
-        best = checkpoint.best_step(checkpoints)
-        if best is not None:
-            save_adapter(out / "adapter-best.safetensors", checkpoint.load(checkpoints, best).values(), *base)
+        if best := checkpoint.load_best(checkpoints, console.warn):
+            save_adapter(out / "adapter-best.safetensors", best.values(), *base)
         summary = _summary(out, loop, values, memory)
         plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         write_json(out / "summary.json", summary)

@@ -296,9 +296,10 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
     wholes = llama_shapes(model.config)
     split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     split_dims = {
-        f"{owner}.weight": split_dim[type(module)]
+        f"{owner}.weight": dim
         for owner, module in model.named_modules()
-        if type(module) in split_dim
+        for kind, dim in split_dim.items()
+        if isinstance(module, kind)
     }
     parameters = frozen_parameters(model)
     with torch.no_grad():

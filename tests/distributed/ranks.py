@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 SECONDS = 200
@@ -24,11 +26,14 @@ class Spy:
 
     file_size_limit: bytes after which writing a file fails, as on a full disk. keep_values: every rank writes the
     adapters that it holds at the end to OUT/values-of-rank-N.safetensors. fails_at: step at which rank 1's data raises.
+    stops_at: step at which rank 0 gets SIGTERM. second_out: the --out of rank 1, as on a disk of another node's own.
     """
 
     file_size_limit: int | None = None
     keep_values: bool = False
     fails_at: int | None = None
+    stops_at: int | None = None
+    second_out: Path | None = None
 
 
 def run_ranks(world: int, arguments, log: Path, spy: Spy) -> list[int]:
@@ -47,9 +52,26 @@ def run_ranks(world: int, arguments, log: Path, spy: Spy) -> list[int]:
     return [rank.exitcode for rank in ranks]
 
 
-def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> None:
+def in_ranks(world: int, work, *args) -> None:
+    """Calls `work(*args)` on each of `world` ranks, and raises what it raises."""
+    from lavin_ds.training.launcher import free_port
+
+    given = (world, free_port(), work, args)
+    torch.multiprocessing.start_processes(_call, given, nprocs=world, start_method="forkserver")
+
+
+def _call(rank: int, world: int, port: int, work, args: tuple) -> None:
+    _set_environment(rank, world, port)
+    work(*args)
+
+
+def _set_environment(rank: int, world: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+
+
+def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> None:
+    _set_environment(rank, world, port)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -58,15 +80,18 @@ def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> N
 
     if spy.file_size_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (spy.file_size_limit, spy.file_size_limit))
-    if spy.fails_at and rank == 1:
-        step = feed.Feed.step
+    if spy.second_out and rank == 1:
+        arguments = replace(arguments, out=spy.second_out)
+    step = feed.Feed.step
 
-        def fail(self, number):
-            if number == spy.fails_at:
-                raise ValueError("what really happened")
-            return step(self, number)
+    def disturb(self, number):
+        if number == spy.fails_at and rank == 1:
+            raise ValueError("what really happened")
+        if number == spy.stops_at and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
 
-        feed.Feed.step = fail
+    feed.Feed.step = disturb
     if spy.keep_values:
         gather = checkpoint.gather_values
 

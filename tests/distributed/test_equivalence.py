@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +63,16 @@ def test_every_layout_and_zero_stage_trains_like_one_rank(workplace, configs, re
 def test_packed_samples_train_like_padded_ones(workplace, configs, reference):
     run = workplace.train("packed", 1, CLIP, "training.packing=true", f"deepspeed={configs[1]}")
     assert_same_training(run, reference)
+
+
+def test_ranks_whose_losses_take_different_numbers_of_chunks_do_not_wait_forever(configs):
+    script = Path(__file__).with_name("unequal_chunks.py")
+    with subprocess.Popen([sys.executable, script, configs[3]], start_new_session=True) as ranks:
+        try:
+            assert ranks.wait(timeout=90) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
 
 
 def assert_same_training(run, reference):

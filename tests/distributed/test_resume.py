@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ranks import Spy
+from ranks import Spy, run_ranks
 from safetensors.torch import load_file
 
 from lavin_ds.training.checkpoint import list_steps, load_newest
@@ -216,18 +216,39 @@ def test_killed_launchers_and_ranks_leave_nothing_running(workplace):
             assert b"Traceback" not in outer.stderr.read()  # of the rank that lost its peer
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted, tmp_path):
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(uninterrupted, tmp_path, damage):
     folder = tmp_path / "checkpoints"
     shutil.copytree(uninterrupted.folder / "checkpoints", folder)
     assert list_steps(folder) == [14, 20]
     state = folder / "step-00000020" / "state.safetensors"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
-    state.write_bytes(content)
+    state.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    bytes_found = state.read_bytes()
     warnings = []
     assert load_newest(folder, warnings.append).at.step == 14
-    assert len(warnings) == 1 and "step-00000020" in warnings[0]
-    state.write_bytes(content[: len(content) // 2])
-    warnings.clear()
-    assert load_newest(folder, warnings.append).at.step == 14
-    assert "step-00000020" in warnings[0]
+    assert len(warnings) == 1 and "step-00000020 is damaged" in warnings[0] and "damaged-step-00000020" in warnings[0]
+    # Otherwise `save` would count it as the newest, and remove the good ones in its favour.
+    assert list_steps(folder) == [14]
+    assert (folder / "damaged-step-00000020" / "state.safetensors").read_bytes() == bytes_found
+
+
+def test_a_stop_behind_a_step_that_was_saved_anyway_does_not_save_it_again(workplace):
+    words = ("training.checkpoint_every=1", "training.keep_checkpoints=1")
+    run = workplace.train("stopped-saved", 2, *words, code=143, spy=Spy(stops_at=3))
+    assert list_steps(run.folder / "checkpoints") == [run.metrics[-1]["step"]]
+    assert "go on with --resume auto" in run.log.read_text()
+
+
+def test_ranks_that_do_not_see_the_checkpoint_of_rank_0_end_the_run(workplace, without_dropout):
+    """As with --out on disks of the nodes' own, where only rank 0's has checkpoints."""
+    copy_up_to_step_14(without_dropout, workplace.folder / "runs" / "node-1")
+    log = workplace.folder / "two-nodes.log"
+    spy = Spy(second_out=workplace.folder / "runs" / "node-2")
+    assert run_ranks(2, workplace.arguments("node-1", resume="auto"), log, spy) == [2, 2]
+    printed = log.read_text()
+    said = " ".join(printed.split("error (rank 1)")[0].split())
+    assert "Rank 0 finds the checkpoint of step 14; rank 1: [Errno 2] No such file" in said
+    assert "--out must be on a file system that all nodes share" in said
+    assert "Traceback" not in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lavin_ds.data.prompts import LETTERS
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.parallel import initialize_single_process
+from lavin_ds.training import checkpoint
 from lavin_ds.training.checkpoint import best_step, list_steps
 from lavin_ds.training.validation import validation_rows
 from lavin_ds.weights.base import build_model
@@ -117,3 +119,22 @@ def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
     refused = workplace.train("refused", 1, "model.llm_adapter.dim=16", init_adapter=adapter, code=2)
     assert "model.llm_adapter.dim is 8 in the adapter and 16 in the recipe" in refused.log.read_text()
     assert not refused.folder.exists()
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exported(workplace, validated):
+    run = validated.folder.with_name("best-damaged")
+    shutil.copytree(validated.folder, run)
+    best, last = (run / "checkpoints" / f"step-{step:08d}" for step in (6, 20))
+    shutil.rmtree(best, ignore_errors=True)
+    shutil.copytree(last, best)
+    (best / "state.json").write_text(json.dumps(json.loads((last / "state.json").read_text()) | {"val_loss": 0.1}))
+    (best / "state.safetensors").write_bytes((last / "state.safetensors").read_bytes()[:-1])
+    assert best_step(run / "checkpoints") == 6
+    (run / "summary.json").unlink()
+    resumed = workplace.train(run.name, 2, *DROPOUT, *EVERY, "training.keep_checkpoints=1", resume="auto")
+    said = " ".join(resumed.log.read_text().split())
+    assert "step-00000006, of the best validation, is damaged" in said
+    wanted = checkpoint.load(run / "checkpoints", best_step(validated.folder / "checkpoints")).values()
+    exported = load_file(run / "adapter-best.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in wanted.items())
+    assert (run / "summary.json").exists()
