@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 
 from lavin_ds.cli import console
 from lavin_ds.config import RunConfig, load_recipe
+from lavin_ds.data.schema import check_manifest, load_manifest
 from lavin_ds.errors import UserError
 from lavin_ds.run import RunRecord, load_run
 
@@ -42,6 +44,7 @@ class OverridesGroup(TyperGroup):
 
 
 EFFICIENCY = 0.4  # assumed, not measured
+DEFAULT_DEVICE = "a100-80g"
 
 app = typer.Typer(
     help="What a recipe costs: parameters, memory, time and storage, beside the papers' figures. "
@@ -64,11 +67,15 @@ def profile(
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, here 1, or the run's ranks.")] = None,
     device: Annotated[
-        str, typer.Option(help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU.")
-    ] = "a100-80g",
+        str | None,
+        typer.Option(
+            help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU. Default: a100-80g."
+        ),
+    ] = None,
     tflops: Annotated[float | None, typer.Option(help="Of a device of your own, with the next two.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Its memory's, GB a second.")] = None,
     memory: Annotated[float | None, typer.Option(help="Its size, GB.")] = None,
+    link: Annotated[float | None, typer.Option(help="GB/s that a GPU sends; several nodes: their network's.")] = None,
     data: Annotated[Path | None, typer.Option(help="Shards whose lengths to use; default: ScienceQA's.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples; default: the recipe's.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Positions that memory is for; default: max.")] = None,
@@ -86,20 +93,35 @@ def profile(
         return
     from lavin_ds.profiling.devices import parse_bytes
 
+    files = {"--plot": plot, "--timeline": timeline, "--html": html}
+    if fit:
+        given = {
+            "--run": run,
+            "--micro-batch": micro_batch,
+            "--length": length,
+            "--as-published": as_published,
+            **files,
+        }
+        if unused := [option for option, value in given.items() if value]:
+            raise UserError(f"--fit searches a recipe and prints a command: it has no use for {', '.join(unused)}.")
+    _check_files(files)
     record = load_run(run) if run else None
     config = _config(recipe, record, overrides or [], micro_batch)
-    chosen = _device(device, tflops, bandwidth, memory)
-    gpus = gpus or (record.ranks if record else 1 if device == "here" else 8)
     training_set = _training_set(config, record, data)
+    if training_set is None and (fit or as_published):
+        raise UserError(
+            f"How long samples of {config.data.prompt_format} data are is not known without shards: give --data SHARDS."
+        )
+    gpus = gpus or (record.ranks if record else 1 if device == "here" else 8)
+    chosen = _device(device, (tflops, bandwidth, memory), link, gpus)
     if fit:
-        if record:
-            raise UserError("--fit searches a recipe: give --recipe without --run.")
-        _fit(config, recipe, parse_bytes(fit), chosen, gpus, training_set, efficiency, overrides or [], as_json)
+        assumed = device is None and tflops is None
+        limit, overrides = parse_bytes(fit), overrides or []
+        _fit(config, recipe, limit, chosen, gpus, training_set, efficiency, price, overrides, assumed, as_json)
         return
     at_its_speed = record is not None and (recipe is not None or gpus != record.ranks)
-    report = _report(
-        config, record, run, chosen, gpus, training_set, efficiency, length, price, as_published, at_its_speed
-    )
+    shown = {"length": length, "price": price, "with_published": as_published}
+    report = _report(config, record, run, chosen, gpus, training_set, efficiency, at_its_speed, **shown)
     written = _write_files(report, plot, timeline, html)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -112,24 +134,14 @@ def profile(
 def show_run(run: Path) -> None:
     """Prints the cost table of a finished run, as `lavin-ds profile --run` heads its report, to stderr."""
     record = load_run(run)
-    device, training_set = _device("a100-80g"), _training_set(record.config, record, None)
+    device, training_set = _device(), _training_set(record.config, record, None)
     report = _report(record.config, record, run, device, record.ranks, training_set)
     console.err.print(_cost_table(report))
     console.err.print(_legend(report), highlight=False)
 
 
 def _report(
-    config,
-    record,
-    run,
-    device,
-    gpus,
-    training_set,
-    efficiency=EFFICIENCY,
-    length=None,
-    price=None,
-    as_published=False,
-    at_its_speed=False,
+    config, record, run, device, gpus, training_set, efficiency=EFFICIENCY, at_its_speed=False, **shown
 ) -> Report:
     """at_its_speed: the recipe is not the run's, or on other ranks, and is predicted as fast as the run was."""
     from lavin_ds.profiling.memory import measured
@@ -139,6 +151,11 @@ def _report(
     speed = _reached(record, run, device, finished, efficiency) if record else None
     with console.err.status("simulating a training step"):
         if at_its_speed:
+            if record.config.model.frozen_dtype == "fp32" and not device.rates:
+                raise UserError(
+                    f"The base of {run} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
+                    "this CPU."
+                )
             if speed is None or not speed.is_possible:
                 raise UserError(
                     f"{run} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it "
@@ -146,7 +163,7 @@ def _report(
                 )
             device, efficiency = speed.calibrate(device)
         return make_report(
-            config, device, gpus, training_set, efficiency, length, finished, run, price, as_published, speed
+            config, device, gpus, training_set, efficiency, measured=finished, run=run, reached=speed, **shown
         )
 
 
@@ -160,29 +177,49 @@ def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
     if record.config.model.frozen_dtype == "fp32" and not device.rates:
         return None
     training_set = _training_set(record.config, record, None)
+    if training_set is None:
+        return None
     return reached(run, estimate(record.config, training_set, device, record.ranks, efficiency))
 
 
-def _device(name: str, tflops: float | None = None, bandwidth: float | None = None, memory: float | None = None):
+def _device(name: str | None = None, figures=(None, None, None), link: float | None = None, gpus: int = 1):
     from lavin_ds.profiling.devices import HERE, device_given, device_named
 
-    figures = (tflops, bandwidth, memory)
-    if all(figures):
-        return device_given(*figures)
-    if any(figure is not None for figure in figures):
-        raise UserError("A device of your own needs all three of --tflops, --bandwidth and --memory.")
+    given = [figure for figure in figures if figure is not None]
+    if given and (len(given) < len(figures) or name):
+        raise UserError("A device of your own needs all of --tflops, --bandwidth and --memory, and no --device.")
+    if any(figure <= 0 for figure in (*given, *([] if link is None else [link]))):
+        raise UserError("--tflops, --bandwidth, --memory and --link must be above 0.")
     if name == HERE:
         console.err.print("measuring a few training steps of small models on this CPU", highlight=False)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
-    return device_named(name)
+    device = device_given(*given) if given else device_named(name or DEFAULT_DEVICE, gpus)
+    return replace(device, link=link) if link else device
 
 
 def _training_set(config: RunConfig, record: RunRecord | None, data: Path | None):
+    """The shards given, the run's own where they suit, or ScienceQA's lengths; None where those say nothing."""
     from lavin_ds.profiling.time import from_shards, scienceqa
 
-    if record and not data and record.inputs.data.is_dir():
+    if data:
+        if wrong := check_manifest(load_manifest(data), config):
+            raise UserError(f"The shards in {data} are not for {config.name}: {'; '.join(wrong)}.")
+    elif record and record.inputs.data.is_dir() and not check_manifest(load_manifest(record.inputs.data), config):
         data = record.inputs.data
-    return from_shards(data, config.model.visual_tokens) if data else scienceqa(config.data.max_length)
+    if data:
+        return from_shards(data, config.model.visual_tokens)
+    return scienceqa(config.data.max_length) if config.data.prompt_format.startswith("QCM") else None
+
+
+def _check_files(files: dict[str, Path | None]) -> None:
+    """Before minutes go into what is to be written to them."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: there is no folder {path.parent}.")
+        if option != "--html" and path.suffix.lower() != ".png":
+            raise UserError(f"{option} {path}: it writes PNG: give a name that ends with .png.")
 
 
 def _write_files(report: Report, plot: Path | None, timeline: Path | None, html: Path | None) -> list[Path]:
@@ -201,12 +238,13 @@ def _write_files(report: Report, plot: Path | None, timeline: Path | None, html:
     return [path for path in (plot, timeline, html) if path]
 
 
-def _fit(config, recipe, limit, device, gpus, training_set, efficiency, overrides, as_json) -> None:
+def _fit(config, recipe, limit, device, gpus, training_set, efficiency, price, overrides, assumed, as_json) -> None:
+    """assumed: nobody said which device the card is."""
     from lavin_ds.profiling.fit import find_fit
 
     with console.err.status("trying settings") as status:
         found = find_fit(config, limit, device, gpus, training_set, efficiency, status.update)
-    command = found.command(recipe, overrides)
+    command = found.command(recipe, gpus, overrides)
     if as_json:
         print(json.dumps(found.as_dict() | {"command": command}, indent=2))
         return
@@ -217,17 +255,19 @@ def _fit(config, recipe, limit, device, gpus, training_set, efficiency, override
             f"{config.name} does not fit {gpus} x {card}: the smallest of {found.tried} settings, "
             f"{' '.join(smallest.changes) or 'the recipe itself'}, needs {_gigabytes(smallest.peak_bytes)} for its "
             f"tensors ({_gigabytes(found.weights_bytes)} of them frozen weights) and "
-            f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation. More cards can share "
-            "every layer: give more --gpus.",
+            f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation."
+            + (" More cards can share every layer: give more --gpus." if limit > found.overhead_bytes else ""),
             highlight=False,
         )
         return
     best = found.best
+    paid = "" if price is None else f", {best.time.hours * gpus * price:,.2f} at the price given"
+    speed = f"{device.name}, for want of a --device" if assumed else device.name
     console.out.print(
         f"{config.name} fits {gpus} x {card} with {_gigabytes(best.peak_bytes)} of tensors (simulated) and "
         f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation.\n"
-        f"{best.time.hours:.1f} hours for the whole recipe on {gpus} x {device.name} (extrapolated): the fastest of "
-        f"{found.tried} settings tried.\n",
+        f"{best.time.hours:.1f} hours for the whole recipe, {training_set.source}, at the speed of {speed} "
+        f"(extrapolated){paid}: the fastest of {found.tried} settings tried.\n",
         highlight=False,
     )
     console.out.print(command, highlight=False, markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ Every constant holds for all models: none is fitted to the configuration whose t
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -49,8 +50,9 @@ CALIBRATION_MODELS = (
 )
 
 
-def this_cpu() -> Device:
-    """This machine's CPU, one thread a rank, with rates from real steps of four small models. Half a minute."""
+def this_cpu(ranks: int = 1) -> Device:
+    """This machine's CPU as one of `ranks` has it, its share of the cores, with rates from real steps of four small
+    models. Half a minute."""
     import psutil
 
     from lavin_ds.profiling.measure import in_fresh_processes, measure_seconds
@@ -62,7 +64,8 @@ def this_cpu() -> Device:
         settings.append((load_recipe("lavin-7b", changes), workload))
     # All measuring goes first: a simulation leaves threads behind, and the measuring processes are forks, which would
     # wait for these threads' locks for ever.
-    seconds = [in_fresh_processes(1, 1, partial(measure_seconds, *setting)) for setting in settings]
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)  # as in training
+    seconds = [in_fresh_processes(1, 1, partial(measure_seconds, *setting), threads) for setting in settings]
     measured = [(simulate(*setting), taken) for setting, taken in zip(settings, seconds, strict=True)]
     rates = fit_rates(measured)
     return Device(
@@ -72,7 +75,7 @@ def this_cpu() -> Device:
         memory=psutil.virtual_memory().total / GB,
         watts=None,
         link=1.0,  # gloo over the loopback of one machine, roughly
-        source=f"{len(measured)} training steps of one thread, measured at the time",
+        source=f"{len(measured)} training steps on {threads} thread(s), measured at the time",
         rates=rates,
     )
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lavin_ds.profiling.calibrate import Rates
     from lavin_ds.profiling.memory import Simulation
 
+GPUS_OF_A_NODE = 8  # at most, as these devices are sold
 GB = 1e9  # bytes; as data sheets and file sizes have it
 
 # CUDA context, cuBLAS workspaces, fragmentation: what the published 33.9G and 55.9G exceed the simulated tensors of
@@ -60,8 +61,8 @@ DEVICES = {
 HERE = "here"
 
 
-def device_named(name: str) -> Device:
-    """A device by its name; "here" is this machine's CPU, measured now (half a minute).
+def device_named(name: str, gpus: int = 1) -> Device:
+    """A device by its name; "here" is this machine's CPU, measured now (half a minute), shared by `gpus` ranks.
 
     Raises:
         UserError: there is none of that name.
@@ -69,7 +70,7 @@ def device_named(name: str) -> Device:
     if name == HERE:
         from lavin_ds.profiling.calibrate import this_cpu
 
-        return this_cpu()
+        return this_cpu(gpus)
     if name not in DEVICES:
         raise UserError(f"No device '{name}': give one of {', '.join(DEVICES)}, or {HERE} for this CPU.")
     return DEVICES[name]
@@ -77,8 +78,6 @@ def device_named(name: str) -> Device:
 
 def device_given(tflops: float, bandwidth: float, memory: float) -> Device:
     """One by its figures, in the units of Device; power unknown, and a link as PCIe 4.0 x16."""
-    if min(tflops, bandwidth, memory) <= 0:
-        raise UserError("--tflops, --bandwidth and --memory must be above 0.")
     return Device("the device given", tflops, bandwidth, memory, None, 32, "figures given")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from lavin_ds.config import Checkpointing, RunConfig, parse_config, recomputed_layers
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.devices import GB, OVERHEAD, Device
+from lavin_ds.profiling.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
 from lavin_ds.profiling.layers import BASE, from_few_layers, peak_components, with_parts
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
 from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, labelled_share, pace
@@ -71,13 +71,14 @@ class Fit:
         """Frozen weights of the smallest setting on one GPU."""
         return self.smallest.weights_bytes
 
-    def command(self, recipe: str, overrides: list[str] = ()) -> str | None:
+    def command(self, recipe: str, gpus: int, overrides: list[str] = ()) -> str | None:
         """A line that trains the best setting of the recipe with its `overrides`; the paths are to be put in."""
         if self.best is None:
             return None
         clip = ["--clip", "ViT-L-14.pt"] if self.best.config.model.has_vit else []
         words = ["lavin-ds", "train", "--recipe", recipe, "--data", "shards", "--llama", "llama", *clip]
-        return shlex.join([*words, "--out", f"runs/{Path(recipe).stem}", *overrides, *self.best.changes])
+        ranks = ["--ranks", str(gpus)] if gpus <= GPUS_OF_A_NODE else ["--hostfile", "hostfile"]
+        return shlex.join([*words, "--out", f"runs/{Path(recipe).stem}", *ranks, *overrides, *self.best.changes])
 
     def as_dict(self) -> dict:
         return {
@@ -168,7 +169,7 @@ class _Search:
                 if 0 < layers < config.model.llm.n_layers:
                     heapq.heappush(queue, (self._hours(samples, layers), samples, layers))
         for _, setting in reversed(fitting):
-            peak = simulate(setting.config, worst_case(setting.config), self.gpus).peak_bytes
+            peak = simulate(setting.config, worst_case(setting.config, self.gpus), self.gpus).peak_bytes
             if peak <= self.room:
                 time = estimate(setting.config, self.training_set, self.device, self.gpus, self.efficiency)
                 return replace(setting, peak_bytes=peak, time=time)
@@ -199,7 +200,8 @@ class _Search:
 
         def at(n: int) -> np.ndarray:
             config = self._changed(n, value).config
-            return from_few_layers(config, worst_case(config), peak_components, self.gpus)
+            workload = replace(worst_case(config), samples=n)
+            return from_few_layers(config, workload, peak_components, self.gpus)
 
         if samples == 1:
             return at(1)

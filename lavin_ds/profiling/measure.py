@@ -112,8 +112,8 @@ def measure_seconds(config: RunConfig, workload: Workload, steps: int = 4) -> di
     return {phase: min(t[phase] for t in timings) for phase in timings[0]}
 
 
-def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any]) -> Any:
-    """Rank 0's result of `work()` in that many new processes of one thread each, joined in process groups.
+def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any], threads: int = 1) -> Any:
+    """Rank 0's result of `work()` in that many new processes of so many threads each, joined in process groups.
 
     They are forks: packages are imported once, and nothing is left of one measurement in the next.
 
@@ -124,7 +124,7 @@ def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any]
     results = context.SimpleQueue()
     port = free_port()
     processes = [
-        context.Process(target=_rank_main, args=(rank, ranks, tensor_parallel, port, work, results))
+        context.Process(target=_rank_main, args=(rank, ranks, tensor_parallel, port, work, results, threads))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -141,13 +141,13 @@ def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any]
     return results.get()
 
 
-def _rank_main(rank, ranks, tensor_parallel, port, work, results) -> None:
+def _rank_main(rank, ranks, tensor_parallel, port, work, results, threads) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of names that torch will drop
     start_distributed()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     initialize_tensor_parallel(tensor_parallel)
     result = work()
     if rank == 0:

@@ -37,6 +37,9 @@ NO_ZERO = ZeroPlan()
 FP32 = 4  # bytes
 VISUAL_START = 4  # behind BOS and "Image: ", 3 pieces in LLaMA's tokenizer; costs nothing either way
 
+GATHERING, REDUCING, UPDATING = "all_gather", "reduce gradients", "gather parameters"
+ZERO_OPERATIONS = (GATHERING, REDUCING, UPDATING)  # of data-parallel ranks
+
 PHASES = ("forward", "backward", "update", "end")
 
 COMPONENTS = {
@@ -121,10 +124,17 @@ class Simulation:
         }
 
 
-def worst_case(config: RunConfig, micro_batch: int | None = None, length: int | None = None) -> Workload:
-    """The micro-batch that sets the peak: full length, an image in every sample, a label in every position."""
+def worst_case(config: RunConfig, gpus: int | None = None, length: int | None = None) -> Workload:
+    """The micro-batch that sets the peak: full length, an image in every sample, a label in every position.
+
+    So many samples as the ranks' micro-batches get when they share a global batch of samples of that length: more
+    than `micro_batch` never, fewer where there are many ranks. gpus: by default those of one model.
+    """
+    training = config.training
+    ranks = (gpus or config.tensor_parallel) // config.tensor_parallel
+    shares = ranks * micro_batches(training.global_batch, ranks, training.micro_batch)
     return Workload(
-        samples=micro_batch or config.training.micro_batch,
+        samples=math.ceil(training.global_batch / shares),
         length=length or config.data.max_length,
         image_fraction=1.0 if config.model.vision else 0.0,
     )
@@ -220,11 +230,15 @@ def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
             tracker.lives.append(life)
             if life.operator == "all_gather":
                 sent = life.bytes * (plan.ranks - 1) // plan.ranks
-                tracker.operations.append(Operation("all_gather", life.phase, 0, 0, exchanged=sent))
+                tracker.operations.append(Operation(GATHERING, life.phase, 0, 0, exchanged=sent))
     if plan.ranks > 1:
-        # Gradients are summed, or summed in parts and the new parameters gathered: the same bytes either way.
-        sent = all_reduced(sum(p.numel() * p.element_size() for p in trainable), plan.ranks)
-        tracker.operations.append(Operation("gradients", "update", 0, 0, exchanged=sent))
+        # Half of an all-reduce scatters sums, the other half gathers them, or the parameters updated by them. From
+        # stage 2 on the first is done in every micro-batch; at stage 3 parameters are gathered when they are used.
+        half = all_reduced(sum(p.numel() * p.element_size() for p in trainable), plan.ranks) // 2
+        phase = "backward" if plan.stage >= 2 else "update"
+        tracker.operations.append(Operation(REDUCING, phase, 0, 0, exchanged=half))
+        if plan.stage < 3:
+            tracker.operations.append(Operation(UPDATING, "update", 0, 0, exchanged=half))
     _label_the_rest(tracker, vocabulary=model.llm.output.weight.shape[0])
     return tracker
 

@@ -38,6 +38,10 @@ class ParameterCount:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def loaded_bytes(self, tensor_parallel: int) -> int:
+        """Of a rank's whole model. DeepSpeed moves that to the GPU before ZeRO-3 divides it."""
+        return self.frozen_bytes["llm"] // tensor_parallel + self.frozen_bytes["vision"] + FP32 * self.trainable
+
 
 def count_parameters(config: RunConfig) -> ParameterCount:
     """Counts the parameters of a recipe's model. Takes 0.3 s at 13B and no memory to speak of."""

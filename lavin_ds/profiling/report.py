@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin_ds.config import RunConfig, recomputed_layers
+from lavin_ds.parallel import check_world
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.devices import DEVICES, GB, OVERHEAD, Device
+from lavin_ds.profiling.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
 from lavin_ds.profiling.memory import Measured, Simulation, simulate, worst_case
 from lavin_ds.profiling.params import ParameterCount, count_parameters
 from lavin_ds.profiling.reached import Reached
 from lavin_ds.profiling.savings import AsPublished, as_published
 from lavin_ds.profiling.time import TimeEstimate, TrainingSet, estimate
+from lavin_ds.profiling.zero import zero_plan
 
 QUOTED, EXACT, SIMULATED, EXTRAPOLATED, MEASURED = "quoted", "exact", "simulated", "extrapolated", "measured"
 LEGEND = {
@@ -119,7 +121,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak_bytes + OVERHEAD < self.device.memory * GB
+        return max(self.memory.peak_bytes, self._loaded_bytes) + OVERHEAD < self.device.memory * GB
+
+    @property
+    def _loaded_bytes(self) -> int:
+        return self.parameters.loaded_bytes(self.config.tensor_parallel)
 
     def notes(self) -> list[str]:
         """What must be known to read the figures."""
@@ -131,11 +137,24 @@ class Report:
             f"{self.memory.moment}. With {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation "
             f"{'below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of {self.device.name}.",
         ]
+        if self._loaded_bytes > self.memory.peak_bytes:
+            notes.append(
+                f"Loading: DeepSpeed moves the whole model, {_gb(self._loaded_bytes)}, to every GPU before ZeRO-3 "
+                "divides it: that must fit too."
+            )
+        plan = zero_plan(self.config, self.gpus)
+        if plan.offload_parameters:
+            notes.append("offload_param: memory is told as if the parameters stayed on the GPU.")
+        if plan.offload_parameters or plan.offload_optimizer:
+            notes.append("Offloading: its copies between GPU and host are not in the time.")
         if self.time:
             notes.append(f"Time: {self.gpus} x {self.time.assumption}. {self._communication()}")
             notes.append(f"For the whole recipe: {self._totals()}.")
-        else:
+        elif self.config.model.frozen_dtype == "fp32" and not self.device.rates:
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
+        else:
+            kind = self.config.data.prompt_format
+            notes.append(f"Time: none, as the lengths of {kind} data are not known: give --data SHARDS.")
         if self.reached:
             notes.append(self._reached())
         if self.measured and self.measured.peak_device_bytes is None:
@@ -146,9 +165,10 @@ class Report:
         time = self.time
         if not time.exchanged_bytes:
             return "Nothing is exchanged."
+        nodes = f", as if all {self.gpus} were in one node" if self.gpus > GPUS_OF_A_NODE else ""
         return (
             f"Each GPU sends {time.exchanged_bytes / 1e6:,.0f} MB a step, "
-            f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s."
+            f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s{nodes}."
         )
 
     def _reached(self) -> str:
@@ -166,7 +186,7 @@ class Report:
     def _totals(self) -> str:
         time = self.time
         parts = [f"{time.pace.steps:,} steps", f"{time.pace.tokens / 1e6:.0f} million tokens"]
-        if self.device.name in DEVICES:
+        if not self.device.rates:
             parts += [f"{time.hours * time.gpus:.1f} GPU hours"]
         if time.kilowatt_hours is not None:
             parts.append(f"{time.kilowatt_hours:.1f} kWh at the GPUs' full board power")
@@ -200,7 +220,7 @@ def make_report(
     config: RunConfig,
     device: Device,
     gpus: int,
-    training_set: TrainingSet,
+    training_set: TrainingSet | None,
     efficiency: float,
     length: int | None = None,
     measured: Measured | None = None,
@@ -210,16 +230,16 @@ def make_report(
     reached: Reached | None = None,
 ) -> Report:
     """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
-    # Time first: it finds fault with the number of GPUs at once.
+    check_world(gpus, config.tensor_parallel)
     time = None
-    if config.model.frozen_dtype != "fp32" or device.rates:
+    if training_set and (config.model.frozen_dtype != "fp32" or device.rates):
         time = estimate(config, training_set, device, gpus, efficiency, price)
     return Report(
         config=config,
         device=device,
         gpus=gpus,
         parameters=count_parameters(config),
-        memory=simulate(config, worst_case(config, length=length), gpus),
+        memory=simulate(config, worst_case(config, gpus, length), gpus),
         time=time,
         measured=measured,
         run=run,

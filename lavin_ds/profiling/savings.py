@@ -15,7 +15,7 @@ from lavin_ds.profiling.time import TrainingSet
 
 AS_PUBLISHED = {"frozen_dtype": "fp16"}
 MEANING = {
-    "pad_to": "no padding to 512",
+    "pad_to": "no padding to full length",
     "eager_attention": "attention fused: no [T, T] scores",
     "full_logits": "logits where there is a label, in pieces",
     "zero_images": "no ViT for samples without an image",

@@ -21,7 +21,8 @@ from lavin_ds.errors import UserError
 from lavin_ds.parallel import check_world
 from lavin_ds.profiling.devices import GB, Device
 from lavin_ds.profiling.layers import from_few_layers
-from lavin_ds.profiling.memory import Simulation, Workload
+from lavin_ds.profiling.memory import ZERO_OPERATIONS, Simulation, Workload, simulate
+from lavin_ds.profiling.zero import zero_plan
 
 DEFAULT_EFFICIENCY = 0.4  # assumed, not measured
 STEPS_LOOKED_AT = 200  # optimizer steps whose lengths are averaged
@@ -162,11 +163,11 @@ def estimate(
     walk = pace(training_set, config, gpus)
     costs = _micro_step(config, training_set, walk, device, gpus)
     roofline = walk.micro_batches * costs.roofline_seconds
-    exchanged = walk.micro_batches * costs.exchanged + costs.exchanged_once
+    exchanged = walk.micro_batches * (costs.shared + costs.exchanged) + costs.exchanged_once
     communication = exchanged / (device.link * GB)
     step_seconds = roofline / efficiency + communication
     hours = walk.steps * step_seconds / 3600
-    speed = "rates measured just now" if device.rates else f"{efficiency:.0%} of its roofline"
+    speed = f"rates of {device.source}" if device.rates else f"{efficiency:.0%} of its roofline"
     return TimeEstimate(
         device=device.name,
         gpus=gpus,
@@ -194,18 +195,21 @@ def labelled_share(training_set: TrainingSet, walk: Pace) -> float:
 
 
 class MicroStep(NamedTuple):
-    """What one rank does for one micro-batch."""
+    """What one rank does for one micro-batch. `shared` grows with its positions, what ZeRO sends does not."""
 
     flops: float
     roofline_seconds: float
-    exchanged: float  # bytes sent in every micro-batch
+    shared: float  # bytes of activations sent within a tensor-parallel group
+    exchanged: float  # bytes of gradients and parameters sent in every micro-batch
     exchanged_once: float  # and in every optimizer step
 
 
 def micro_step(simulation: Simulation, device: Device) -> MicroStep:
-    once = sum(o.exchanged for o in simulation.operations if o.phase == "update")
-    every = sum(o.exchanged for o in simulation.operations) - once
-    return MicroStep(simulation.flops(), device.seconds(simulation), every, once)
+    sent = [o for o in simulation.operations if o.exchanged]
+    once = sum(o.exchanged for o in sent if o.phase == "update")
+    every = sum(o.exchanged for o in sent if o.phase != "update" and o.name in ZERO_OPERATIONS)
+    shared = sum(o.exchanged for o in sent) - once - every
+    return MicroStep(simulation.flops(), device.seconds(simulation), shared, every, once)
 
 
 def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, gpus: int) -> MicroStep:
@@ -221,4 +225,12 @@ def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, g
 
     # A whole number of images is simulated, so an average between two numbers takes both.
     costs = measure(low) if not share else (1 - share) * measure(low) + share * measure(low + 1)
-    return MicroStep(*(costs * walk.samples / samples))
+    grown = MicroStep(*costs)
+    scale = walk.samples / samples
+    if zero_plan(config, gpus).gathers:
+        # What is gathered twice depends on how much lies between two uses: it is not linear in the layers.
+        workload = Workload(samples, round(walk.critical_length), low / samples, labelled)
+        grown = grown._replace(exchanged=micro_step(simulate(config, workload, gpus), device).exchanged)
+    return grown._replace(
+        flops=grown.flops * scale, roofline_seconds=grown.roofline_seconds * scale, shared=grown.shared * scale
+    )

@@ -13,11 +13,13 @@ DeepSpeed's own, which keep their inputs for backward even where the weight is f
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -35,6 +37,7 @@ class ZeroPlan:
     stage: int = 0
     ranks: int = 1
     offload_optimizer: bool = False
+    offload_parameters: bool = False  # counted as if they stayed on the GPU
     buckets: int = 0  # of reduction
     bucket_size: int = 0
     prefetch_bucket: int = 0
@@ -81,7 +84,8 @@ def zero_plan(config: RunConfig, gpus: int) -> ZeroPlan:
     return ZeroPlan(
         stage=stage,
         ranks=ranks,
-        offload_optimizer="offload_optimizer" in zero,
+        offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
+        offload_parameters=_is_offloaded(zero, "offload_param"),
         buckets=2 if overlaps and stage < 3 else 1,
         bucket_size=int(zero.get("reduce_bucket_size", 5e8)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
@@ -91,12 +95,18 @@ def zero_plan(config: RunConfig, gpus: int) -> ZeroPlan:
     )
 
 
+def _is_offloaded(zero: dict, what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"
+
+
 @contextmanager
 def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
     """torch.nn.functional.linear as stage 3 replaces it (zero.Init, mem_efficient_linear)."""
     if plan.stage != 3:
         yield
         return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, on stdout, that it found no other
     from deepspeed.runtime.zero.linear import zero3_linear_wrap  # takes seconds, and stage 3 alone needs it
 
     plain = F.linear

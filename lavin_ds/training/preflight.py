@@ -264,9 +264,11 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     import torch
 
     from lavin_ds.profiling.memory import simulate, worst_case
+    from lavin_ds.profiling.params import count_parameters
     from lavin_ds.training.ram import free_ram
 
-    peak = simulate(config, worst_case(config), ranks).peak_bytes
+    peak = simulate(config, worst_case(config, ranks), ranks).peak_bytes
+    peak = max(peak, count_parameters(config).loaded_bytes(config.tensor_parallel))
     if torch.cuda.is_available():
         has, where = torch.cuda.get_device_properties(0).total_memory, f"in {torch.cuda.get_device_name(0)}"
     else:

@@ -34,9 +34,9 @@ def peak(*overrides: str, gpus: int = 1) -> int:
 
 def test_with_room_nothing_is_recomputed_and_the_command_trains_what_was_found():
     _, found = fit(10**9)
-    words = shlex.split(found.command("lavin-7b", SMALL))
+    words = shlex.split(found.command("lavin-7b", 1, SMALL))
     assert words[:4] == ["lavin-ds", "train", "--recipe", "lavin-7b"]
-    overrides = words[words.index("--out") + 2 :]
+    overrides = words[words.index("--ranks") + 2 :]
     config = load_recipe("lavin-7b", overrides)
     assert config == found.best.config
     assert not config.training.activation_checkpointing and config.tensor_parallel == 1
@@ -69,7 +69,7 @@ def test_settings_are_ordered_by_what_they_would_take_and_hold(value):
 
 def test_nothing_fits_is_said_with_the_closest():
     config, found = fit(1000)
-    assert found.best is None and found.command("lavin-7b") is None
+    assert found.best is None and found.command("lavin-7b", 1) is None
     assert found.smallest.peak_bytes > found.smallest.weights_bytes > 1000
 
 

@@ -169,7 +169,15 @@ def test_the_peak_on_two_ranks_is_that_of_a_real_engine(overrides, zero, tmp_pat
 
 def test_worst_case_is_the_recipes_longest_micro_batch(tiny):
     assert worst_case(tiny) == Workload(4, 512, 1.0, 1.0)
-    assert worst_case(load_recipe("ablation-text"), micro_batch=2, length=64) == Workload(2, 64, 0.0, 1.0)
+    assert worst_case(load_recipe("ablation-text", ["training.micro_batch=2"]), length=64) == Workload(2, 64, 0.0, 1.0)
+
+
+def test_no_rank_gets_more_samples_than_its_share_of_the_global_batch():
+    recipe = load_recipe("lavin-7b", ["training.micro_batch=8"])
+    samples = {gpus: worst_case(recipe, gpus).samples for gpus in (1, 4, 8, 16, 32)}
+    assert samples == {1: 8, 4: 8, 8: 4, 16: 2, 32: 1}
+    split = recipe.model_copy(update={"tensor_parallel": 2})
+    assert worst_case(split, 16).samples == 4
 
 
 def test_impossible_workloads_are_refused(tiny):

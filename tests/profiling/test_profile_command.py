@@ -97,10 +97,32 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_other_data_than_scienceqas_gets_no_hours_without_shards(recipe):
+    report = json.loads(invoke("--recipe", str(recipe), "--length", "64", "--json", "data.prompt_format=single-turn"))
+    assert report["time"] is None and report["table"][-1]["time"]["value"] is None
+    assert any("give --data SHARDS" in note for note in report["notes"])
+
+
+def test_shards_of_another_recipe_are_refused(recipe, tiny_shards):
+    with pytest.raises(UserError, match=r"not for tiny: .*data.max_length: shards \d+, recipe 64"):
+        invoke("--recipe", str(recipe), "--data", str(tiny_shards), "data.max_length=64")
+
+
+def test_zero3_prints_json_alone_and_counts_the_model_it_loads(recipe):
+    words = ["--recipe", str(recipe), "deepspeed=zero3", "--gpus", "16", "--length", "64", "--json"]
+    command = [sys.executable, "-c", "from lavin_ds.cli.main import run; run()", "profile", *words]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    report = json.loads(shown)
+    assert any("as if all 16 were in one node" in note for note in report["notes"])
+    loaded = sum(report["parameters"]["frozen_bytes"].values()) + 4 * report["parameters"]["trainable"]
+    assert (loaded > report["memory"]["peak_bytes"]) == any(note.startswith("Loading:") for note in report["notes"])
+
+
 def test_fit_prints_a_command(recipe):
     text = invoke("--recipe", str(recipe), "--gpus", "1", "--fit", "24GiB", "data.max_length=64")
     assert "fits 1 x a card of 24.0 GiB" in text
-    assert "lavin-ds train --recipe" in text and "data.max_length=64" in text
+    assert "lavin-ds train --recipe" in text and "data.max_length=64" in text and "--ranks 1" in text
+    assert "for want of a --device" in text
 
 
 @pytest.mark.parametrize(
@@ -112,7 +134,15 @@ def test_fit_prints_a_command(recipe):
         (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be dealt"),
         (("--run", "/nowhere"), "not a run directory"),
         (("--recipe", "lavin-7b", "--fit", "big"), "no amount of memory"),
-        (("--recipe", "lavin-7b", "--tflops", "100"), "needs all three"),
+        (
+            ("--recipe", "lavin-7b", "--fit", "24GiB", "--html", "x.html", "--length", "9"),
+            "use for --length, --html",
+        ),
+        (("--recipe", "lavin-7b", "--tflops", "100"), "needs all of"),
+        (("--recipe", "lavin-7b", "--tflops", "0", "--bandwidth", "1", "--memory", "1"), "above 0"),
+        (("--recipe", "lavin-7b", "--plot", "/nowhere/x.png"), "--plot /nowhere/x.png: there is no folder"),
+        (("--recipe", "lavin-7b", "--timeline", "x.pdf"), "ends with .png"),
+        (("--recipe", "chatbot-7b", "--fit", "24GiB"), "give --data SHARDS"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message):

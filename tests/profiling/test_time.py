@@ -1,5 +1,6 @@
 """Time: the linear extrapolation in layers, the roofline, and how lengths make ranks wait."""
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -69,12 +70,27 @@ def test_hours_follow_from_steps_and_roofline(tiny):
     assert full.pace.steps == 40  # 64 samples x 20 epochs / 32
     assert full.hours == pytest.approx(40 * (full.roofline_seconds + full.communication_seconds) / 3600)
     assert half.step_seconds == pytest.approx(full.step_seconds + full.roofline_seconds)
-    # Two ranks each send their gradients once: half to be summed, half of the sums.
-    assert full.exchanged_bytes == pytest.approx(4 * count_parameters(config).trainable, rel=0.001)
+    # At stage 2, each of two ranks sends half of its gradients in every micro-batch, and in the end half of the values.
+    halves = full.pace.micro_batches + 1
+    assert full.exchanged_bytes == pytest.approx(halves * 4 * count_parameters(config).trainable / 2, rel=0.001)
     assert full.kilowatt_hours == pytest.approx(full.hours * 2 * 0.4)
     assert estimate(config, training_set, DEVICE, 2, 1.0, price=3.0).price == pytest.approx(full.hours * 6)
     with pytest.raises(UserError, match="efficiency is 0"):
         estimate(config, training_set, DEVICE, 2, 0)
+
+
+def test_what_zero3_sends_is_that_of_the_whole_model(tiny, tmp_path):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+    llm = tiny.model.llm.model_copy(update={"n_layers": 6})
+    model = tiny.model.model_copy(update={"frozen_dtype": "bf16", "llm": llm, "vision": None})
+    config = tiny.model_copy(update={"model": model, "deepspeed": str(tmp_path / "zero3.json")})
+    time = estimate(config, TrainingSet(np.full(64, 64), 0.0, 0.7, "64 samples"), DEVICE, 2)
+    step = micro_step(simulate(config, Workload(4, 64, 0.0, 0.7), 2), DEVICE)
+    assert step.shared == 0 and step.exchanged_once == 0
+    assert time.exchanged_bytes == pytest.approx(time.pace.micro_batches * step.exchanged)
+    weights = sum(count_parameters(config).frozen_bytes.values())
+    assert step.exchanged > 0.9 * weights / 2  # of two ranks, each sends its half of every parameter
 
 
 def test_unknown_devices_are_refused_by_name():
