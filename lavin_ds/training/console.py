@@ -11,6 +11,7 @@ from pathlib import Path
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -34,13 +35,13 @@ class TrainingConsole:
         self.last_printed = 0.0
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
-        self.console.print(f"[red]error:[/] {text}", soft_wrap=True)
+        self.console.print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
 
     def begin(self, first_step: int, total_steps: int) -> None:
         self.line = _Line(first_step, total_steps, self.peak_share)
@@ -93,8 +94,8 @@ class TrainingConsole:
             ("trainable parameters", f"{summary['trainable_parameters']:,}"),
             ("adapters", f"{out / 'adapter.safetensors'} ({summary['adapter_bytes'] / 1e6:.2f} MB)"),
         ]
-        if summary["validation"]:
-            rows.append(("of the best validation", str(out / "adapter-best.safetensors")))
+        if (best := out / "adapter-best.safetensors").is_file():
+            rows.append(("of the best validation", str(best)))
         rows.append(("loss curve", str(out / "loss.png")))
         for name, text in rows:
             table.add_row(name, Text(text, overflow="fold"))
