@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lavin_ds.cli import console
@@ -65,7 +66,7 @@ def scienceqa(
     )
     job = jobs.prepare(arguments)
     if job.warning:
-        console.err.print(f"[yellow]warning:[/] {job.warning}", highlight=False, soft_wrap=True)
+        console.err.print(f"[yellow]warning:[/] {escape(job.warning)}", highlight=False, soft_wrap=True)
     with console.progress("loading weights") as update:
         model = jobs.load(job, lambda _, done, total: update(done, total))
     with console.progress(f"answering {split}", job.questions) as update:

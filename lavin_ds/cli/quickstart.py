@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from lavin_ds.cli import console
@@ -41,7 +42,7 @@ def quickstart(
 
 def _show_command(number: int, total: int, meaning: str, command: list[str]) -> None:
     console.err.print(f"\n[bold]{number}/{total} {meaning}[/]", highlight=False)
-    console.err.print(f"[dim]$ {' '.join(command)}[/]", highlight=False, soft_wrap=True)
+    console.err.print(f"[dim]$ {escape(' '.join(command))}[/]", highlight=False, soft_wrap=True)
 
 
 def _accuracy_table(summary: dict) -> Table:
