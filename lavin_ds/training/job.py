@@ -128,14 +128,14 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     except TrainingStopped:
         save()
         console.warn(f"Stopped behind step {at.step}, state saved: go on with --resume auto")
-        _end(metrics)
+        _end(metrics, stop)
         return EXIT_STOPPED
     except TrainingDiverged as error:
         if is_first:
             suspects = write_suspects(out)
             console.close()
             console.error(f"{error} The samples are in {suspects}; {_newest(checkpoints)}")
-        _end(metrics)
+        _end(metrics, stop)
         return EXIT_DIVERGED
     values = checkpoint.gather_values(engine, trainable)
     memory = peak_memory(device)
@@ -149,7 +149,7 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
         plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         write_json(out / "summary.json", summary)
         console.finish(summary, out)
-    _end(metrics)
+    _end(metrics, stop)
     return 0
 
 
@@ -179,11 +179,12 @@ def _newest(checkpoints: Path) -> str:
     return f"the last checkpoint is that of step {steps[-1]}." if steps else "there was no checkpoint before them."
 
 
-def _end(metrics: MetricsFile | None) -> None:
+def _end(metrics: MetricsFile | None, stop: StopSignal) -> None:
     """Leaves together: a rank that tears gloo down while others still use it takes them with it."""
     if metrics:
         metrics.close()
     dist.barrier()
+    stop.end()  # from here on a rank may well be gone before the others
     dist.destroy_process_group()
 
 

@@ -80,9 +80,7 @@ def run(arguments: TrainArguments) -> int:
         config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
         from lavin_ds.training.job import train
 
-        code = train(arguments, config, stop)
-        stop.end()
-        return code
+        return train(arguments, config, stop)
     except UserError as error:
         if rank != "0":
             _wait(stop)  # rank 0 says the same, unless it is this node's trouble alone
