@@ -241,6 +241,7 @@ def _write_files(report: Report, plot: Path | None, timeline: Path | None, html:
 def _fit(config, recipe, limit, device, gpus, training_set, efficiency, price, overrides, assumed, as_json) -> None:
     """assumed: nobody said which device the card is."""
     from lavin_ds.profiling.fit import find_fit
+    from lavin_ds.profiling.report import duration
 
     with console.err.status("trying settings") as status:
         found = find_fit(config, limit, device, gpus, training_set, efficiency, status.update)
@@ -266,7 +267,7 @@ def _fit(config, recipe, limit, device, gpus, training_set, efficiency, price, o
     console.out.print(
         f"{config.name} fits {gpus} x {card} with {_gigabytes(best.peak_bytes)} of tensors (simulated) and "
         f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation.\n"
-        f"{best.time.hours:.1f} hours for the whole recipe, {training_set.source}, at the speed of {speed} "
+        f"{duration(3600 * best.time.hours)} for the whole recipe, {training_set.source}, at the speed of {speed} "
         f"(extrapolated){paid}: the fastest of {found.tried} settings tried.\n",
         highlight=False,
     )

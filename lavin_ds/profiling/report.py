@@ -84,7 +84,7 @@ class Report:
         return rows
 
     def _our_row(self) -> Row:
-        hours = Cell(_duration(self.time.hours * 3600), EXTRAPOLATED, self.time.hours) if self.time else NOTHING
+        hours = Cell(duration(self.time.hours * 3600), EXTRAPOLATED, self.time.hours) if self.time else NOTHING
         return Row(
             f"{self.config.name} (here)",
             {
@@ -114,7 +114,7 @@ class Report:
             {
                 "trainable": Cell(f"{run.trainable_parameters:,}", MEASURED, run.trainable_parameters),
                 "memory": Cell(_gb(run.peak_bytes), MEASURED, run.peak_bytes),
-                "time": Cell(_duration(seconds), MEASURED, seconds / 3600),
+                "time": Cell(duration(seconds), MEASURED, seconds / 3600),
                 "storage": Cell(f"{run.adapter_bytes / 1e6:.1f} MB", MEASURED, run.adapter_bytes),
             },
         )
@@ -174,8 +174,8 @@ class Report:
     def _reached(self) -> str:
         speed = self.reached
         text = (
-            f"{speed.run} took {_duration(speed.step_seconds)} a step, the median of {speed.steps:,}; predicted for it "
-            f"{_duration(speed.predicted_seconds)}: "
+            f"{speed.run} took {duration(speed.step_seconds)} a step, the median of {speed.steps:,}; predicted for it "
+            f"{duration(speed.predicted_seconds)}: "
         )
         if speed.predicted_efficiency == 1:
             return text + f"it reached {speed.efficiency:.0%} of the speed measured just now."
@@ -273,7 +273,7 @@ def _gb(bytes: int) -> str:
     return f"{bytes / GB:.1f} GB" if bytes >= GB else f"{bytes / 1e6:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds >= 1800:
         return f"{seconds / 3600:.1f} hours"
     if seconds >= 120:
