@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+
 import psutil
 import torch
 import typer

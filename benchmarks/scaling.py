@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+
 import torch
 import typer
 from matplotlib.figure import Figure

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+
 import numpy as np
 import psutil
 import typer

@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+
 import numpy as np
 import torch
 import typer
