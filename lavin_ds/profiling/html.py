@@ -17,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; margin: .6rem 0 } caption { text-align: left; color: #666; padding-bottom: .3rem }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right } th:first-child, td:first-child
-{ text-align: left } td.text { text-align: left; color: #666 } tr.ours { font-weight: 600; background: #f3f7fb }
+{ text-align: left } .text { text-align: left } td.text { color: #666 }
+tr.ours { font-weight: 600; background: #f3f7fb }
 .mark { font-size: .75rem; color: #888; font-weight: 400 } img { max-width: 100%; height: auto } li { margin: .3rem 0 }
 """
 
@@ -49,7 +50,7 @@ def html_report(report: Report) -> str:
 
 
 def _table(caption: str, headings: list[str], rows: list[str]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f"<th{' class=text' if heading == 'What' else ''}>{escape(heading)}</th>" for heading in headings)
     return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{''.join(rows)}</table>"
 
 

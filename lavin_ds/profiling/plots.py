@@ -40,6 +40,7 @@ def plot_memory(report: Report, to: Path | BinaryIO) -> None:
         left += widths
     for y, total in enumerate(left):
         axes.text(total, y, f" {total:.1f}", va="center")
+    axes.margins(x=0.12)  # room for the numbers
     if size == GB:
         axes.axvline(report.device.memory, color="black", linestyle="--", linewidth=1, label=report.device.name)
         if report.published_memory:
