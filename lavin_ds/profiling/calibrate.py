@@ -71,7 +71,7 @@ def this_cpu(ranks: int = 1) -> Device:
     return Device(
         name="this CPU",
         tflops=1e-12 / (rates.half_flop or rates.flop),
-        bandwidth=1e-9 / rates.byte if rates.byte else float("inf"),
+        bandwidth=1e-9 / rates.byte if rates.byte else None,
         memory=psutil.virtual_memory().total / GB,
         watts=None,
         link=1.0,  # gloo over the loopback of one machine, roughly

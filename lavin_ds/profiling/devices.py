@@ -26,7 +26,7 @@ class Device:
 
     name: str
     tflops: float  # 1e12 operations a second
-    bandwidth: float  # 1e9 bytes a second
+    bandwidth: float | None  # 1e9 bytes a second; None where steps were measured that it did not slow down
     memory: float  # 1e9 bytes, at least; data sheets write GB
     watts: float | None  # board power
     link: float  # 1e9 bytes a second that one GPU sends to its neighbours

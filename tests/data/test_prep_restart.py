@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -118,8 +119,12 @@ def test_sigterm_ends_the_workers_and_keeps_what_is_finished(command):
 
 def workers() -> list[psutil.Process]:
     """The pool's living processes; other tests may have left helpers of their own to this one."""
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in children if any("data_prep.worker" in word for word in child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # or a zombie, which is one of these
+            if any("data_prep.worker" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_worker_that_is_killed_is_reported_and_its_work_done_again(tmp_path, data, tokenizer_file, uninterrupted):

@@ -14,6 +14,7 @@ from ranks import in_ranks
 
 from lavin_ds.config import load_recipe
 from lavin_ds.errors import UserError
+from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.checkpoint import (
     Position,
     _write,
@@ -28,7 +29,7 @@ from lavin_ds.training.checkpoint import (
 pytestmark = pytest.mark.slow
 
 
-def build(workplace, stage: int, folder: Path):
+def build(arguments: TrainArguments, stage: int, folder: Path):
     """The engine before its first step, and its trainables."""
     from lavin_ds.parallel import initialize_tensor_parallel
     from lavin_ds.training.engine import build_engine, start_distributed
@@ -36,11 +37,10 @@ def build(workplace, stage: int, folder: Path):
 
     device = start_distributed()
     initialize_tensor_parallel(1)
-    inputs = workplace.arguments("none")
     zero = folder / f"zero{stage}.json"
     zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    config = load_recipe(str(workplace.recipe), [f"deepspeed={zero}"])
-    model = build_model(config, inputs.llama, inputs.clip, None, device)
+    config = load_recipe(arguments.recipe, [f"deepspeed={zero}"])
+    model = build_model(config, arguments.llama, arguments.clip, None, device)
     return build_engine(model, config), model.trainable()
 
 
@@ -48,9 +48,9 @@ def fail(sentence: str) -> None:
     raise AssertionError(sentence)
 
 
-def save_before_the_first_update(workplace, folder: Path) -> None:
+def save_before_the_first_update(arguments, folder: Path) -> None:
     for stage in range(4):
-        engine, trainable = build(workplace, stage, folder)
+        engine, trainable = build(arguments, stage, folder)
         checkpoints = folder / str(stage)
         save(checkpoints, engine, trainable, Position(step=1, updates=0), 9, fail)
         first = load(checkpoints, 1)
@@ -63,11 +63,11 @@ def save_before_the_first_update(workplace, folder: Path) -> None:
 
 
 def test_every_zero_stage_saves_before_its_first_update(workplace, tmp_path):
-    in_ranks(1, save_before_the_first_update, workplace, tmp_path)
+    in_ranks(1, save_before_the_first_update, workplace.arguments("none"), tmp_path)
 
 
-def prune(workplace, folder: Path) -> None:
-    engine, trainable = build(workplace, 0, folder)
+def prune(arguments, folder: Path) -> None:
+    engine, trainable = build(arguments, 0, folder)
 
     def save_step(step: int, warn=fail, val_loss=None) -> None:
         save(folder, engine, trainable, Position(step, 0, val_loss=val_loss), 1, warn)
@@ -106,7 +106,7 @@ def prune(workplace, folder: Path) -> None:
 
 
 def test_what_is_kept_is_whole_and_what_cannot_be_removed_is_told(workplace, tmp_path):
-    in_ranks(1, prune, workplace, tmp_path)
+    in_ranks(1, prune, workplace.arguments("none"), tmp_path)
 
 
 def choose(whole: Path, other: Path, none: Path) -> None:

@@ -147,24 +147,20 @@ def test_zero3_gathers_what_is_in_use_and_no_more(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "zero"),
-    [
-        pytest.param(["tensor_parallel=2", "deepspeed=zero0"], None, id="tensor-parallel"),
-        pytest.param([], {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}, id="zero3-none"),
-        pytest.param([], {}, id="zero3-all"),
-    ],
+    "rules", [{"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}, {}], ids=["none", "all"]
 )
-def test_the_peak_on_two_ranks_is_that_of_a_real_engine(overrides, zero, tmp_path):
-    if zero is not None:
-        zero |= {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
-        (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-        overrides = [f"deepspeed={tmp_path / 'zero3.json'}"]
-    config = load_recipe("tiny", [*overrides, "training.micro_batch=4", "training.global_batch=8"])
+def test_zero3s_peak_on_two_ranks_is_that_of_a_real_engine(rules, tmp_path):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000} | rules
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+    small = ["model.llm.n_layers=2", "model.vision.layers=2", "model.vision.cls_every=1"]
+    batch = ["training.micro_batch=4", "training.global_batch=8"]
+    config = load_recipe("tiny", [*small, *batch, f"deepspeed={tmp_path / 'zero3.json'}"])
     # Ranks are forks, and nothing here may be forked once it has simulated.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as new_process:
         allocate = partial(measure_allocated, config, WORKLOAD)
-        real = new_process.submit(in_fresh_processes, 2, config.tensor_parallel, allocate).result(timeout=120)
-    assert simulate(config, WORKLOAD, 2).peak_bytes == pytest.approx(real, rel=0.02)
+        real = new_process.submit(in_fresh_processes, 2, 1, allocate).result(timeout=300)
+    # At 16 MB, less than 0.1 MB in each of a few places is that much; benchmarks/cost_model.py has larger ones.
+    assert simulate(config, WORKLOAD, 2).peak_bytes == pytest.approx(real, rel=0.04)
 
 
 def test_worst_case_is_the_recipes_longest_micro_batch(tiny):

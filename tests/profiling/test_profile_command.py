@@ -1,6 +1,7 @@
 """`lavin-ds profile`: what it prints and what --json holds."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,9 +178,15 @@ def finished_run(recipe, tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_this_cpu_is_measured_and_a_step_of_one_rank_predicted():
-    """In a process of its own: it forks, which pytest's threads and those of earlier simulations would disturb."""
+    """In a process of its own: it forks, which pytest's threads and those of earlier simulations would disturb.
+
+    On one core, as another test may have the other: two threads would wait for one another.
+    """
     command = [Path(sys.executable).with_name("lavin-ds"), "profile", "--recipe", "tiny", "--device", "here", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    one_core = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, preexec_fn=lambda: os.sched_setaffinity(0, one_core)
+    )
     assert done.returncode == 0, done.stderr
     time = json.loads(done.stdout)["time"]
     assert (time["device"], time["gpus"], time["efficiency"]) == ("this CPU", 1, 1.0)
