@@ -7,9 +7,9 @@ reads the process's resident set twice a second. glibc is told to give back what
 it ever needed, and with rows of ever new lengths that rises in steps for an hour (once by 4 MiB after 33 minutes that
 were flat to 0.1, then flat again), which would hide a leak as well as look like one.
 
-After a warm-up (a third of the time) a line is fitted through the least readings of twenty equal stretches, which are
-those between steps; its slope is printed with twice its standard error. Exit code 0 if both together are at most 2 MiB
-an hour, 1 if the slope is more than its error above that, 3 if nothing can be said: give it more --minutes.
+After a warm-up (a third of the time) a line is fitted through the means of twenty equal stretches; its slope is printed
+with twice its standard error. Exit code 0 if both together are at most 2 MiB an hour, 1 if the slope is more than its
+error above that, 3 if nothing can be said: give it more --minutes.
 """
 
 from __future__ import annotations
@@ -118,10 +118,13 @@ def alive(rank: subprocess.Popen, folder: Path) -> None:
 
 
 def fit(seconds: np.ndarray, bytes: np.ndarray) -> tuple[float, float]:
-    """Slope and twice its standard error, MiB an hour, of a line through the least of equal stretches."""
+    """Slope and twice its standard error, MiB an hour, of a line through the means of equal stretches.
+
+    Neighbouring readings are nearly the same number: taken one by one they would promise a precision that is not there.
+    """
     settled = seconds > seconds[-1] / 3
     x = np.array([part.mean() for part in np.array_split(seconds[settled] / 3600, STRETCHES)])
-    y = np.array([part.min() for part in np.array_split(bytes[settled] / MIB, STRETCHES)])
+    y = np.array([part.mean() for part in np.array_split(bytes[settled] / MIB, STRETCHES)])
     (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
     return float(slope), float(2 * covariance[0, 0] ** 0.5)
 
