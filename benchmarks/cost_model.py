@@ -1,7 +1,7 @@
 """The cost model against real steps on this CPU: memory within a few percent, time within a few tens of percent.
 
-    python benchmarks/cost_model.py memory --out DIR     # measures memory: about 3 minutes on two quiet cores
-    python benchmarks/cost_model.py seconds --out DIR    # measures time: about 3 minutes
+    python benchmarks/cost_model.py memory --out DIR     # measures memory: about 7 minutes on two quiet cores
+    python benchmarks/cost_model.py seconds --out DIR    # measures time: about 4 minutes
     python benchmarks/cost_model.py compare --out DIR [--json]
 
 30 configurations are judged and 5 others give the rates that turn operators into seconds (profiling/calibrate.py).

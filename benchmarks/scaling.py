@@ -26,6 +26,7 @@ from typing import Annotated
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
 
+import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.profiling.measure import MALLOC_THAT_KEEPS, build, in_fresh_processes, measure_seconds, step
-from lavin_ds.profiling.memory import Workload, simulate
+from lavin_ds.profiling.memory import COMPONENTS, Workload, simulate
 
 MIDDLE = Workload(samples=4, length=256, image_fraction=0.5, labelled_fraction=0.7)
 LAYERS = 4
@@ -98,13 +99,14 @@ class Point:
 
     def with_simulation(self, phases: dict[str, float]) -> dict:
         simulated = simulate(self.config, self.workload, gpus=self.ranks)
-        kept = sum(simulated.components[name] for name in ("frozen", "adapters", "optimizer", "zero", "batch"))
+        kept = [name in ("frozen", "adapters", "optimizer", "zero", "batch") for name in COMPONENTS]
+        passing = simulated.timeline[:, ~np.array(kept)].sum(axis=1)
         return {
             "grows": self.kind,
             "value": self.value,
             "seconds": sum(phases.values()),
             "phases": phases,
-            "activation_bytes": simulated.peak_bytes - kept,
+            "activation_bytes": int(passing.max()),
             "flops": simulated.flops(),
         }
 
@@ -245,13 +247,14 @@ def plot(points: list[dict], peaks: list[dict], path: Path) -> None:
         values = [p["value"] for p in mine]
         ax.plot(values, [p["seconds"] for p in mine], "o-", color="C0", label="seconds")
         ax.set(ylim=(0, None), xticks=values, title=kind)
+        ax.tick_params(axis="x", rotation=45)
         memory = ax.twinx()
         memory.plot(values, [p["activation_bytes"] / 1e6 for p in mine], "s--", color="C1", label="MB")
         memory.set_ylim(0, None)
         ax.tick_params(axis="y", colors="C0")
         memory.tick_params(axis="y", colors="C1")
     axes[0].set_ylabel("seconds of a step", color="C0")
-    axes[0].text(0.05, 0.92, "dashed: MB of activations", color="C1", transform=axes[0].transAxes, fontsize=8)
+    axes[-1].text(0.1, 0.1, "dashed: MB of\nactivations", color="C1", transform=axes[-1].transAxes, fontsize=8)
     left = [0.0] * len(peaks)
     for number, name in enumerate(dict.fromkeys(name for peak in peaks for name in peak["parts"])):
         widths = [peak["parts"].get(name, 0) for peak in peaks]
