@@ -4,8 +4,8 @@
 
 Trains the shipped tiny base on one rank, as `lavin-ds train` does, with validation and a checkpoint every 50 steps, and
 reads the process's resident set twice a second. glibc is told to give back what is freed: by default it keeps the most
-it ever needed, and with rows of ever new lengths that rises in steps for an hour (once by 4 MiB after 33 minutes that
-were flat to 0.1, then flat again), which would hide a leak as well as look like one.
+it ever needed, and with rows of ever new lengths that rises in steps for an hour (once by 4 MiB at minute 33, flat to
+0.1 for 14 minutes before and 26 after), which would hide a leak as well as look like one.
 
 After a warm-up (a third of the time) a line is fitted through the means of twenty equal stretches; its slope is printed
 with twice its standard error. Exit code 0 if both together are at most 2 MiB an hour, 1 if the slope is more than its
@@ -109,7 +109,8 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | MALLOC_THAT_RETURNS | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | MALLOC_THAT_RETURNS | cpu
 
 
 def alive(rank: subprocess.Popen, folder: Path) -> None:

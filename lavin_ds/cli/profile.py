@@ -151,7 +151,7 @@ def _report(
     speed = _reached(record, run, device, finished, efficiency) if record else None
     with console.err.status("simulating a training step"):
         if at_its_speed:
-            if record.config.model.frozen_dtype == "fp32" and not device.rates:
+            if not device.tells_time_of(record.config.model.frozen_dtype):
                 raise UserError(
                     f"The base of {run} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
                     "this CPU."
@@ -174,7 +174,7 @@ def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
 
     if not ran_on(device, finished.peak_device_bytes is not None):
         return None
-    if record.config.model.frozen_dtype == "fp32" and not device.rates:
+    if not device.tells_time_of(record.config.model.frozen_dtype):
         return None
     training_set = _training_set(record.config, record, None)
     if training_set is None:

@@ -36,6 +36,10 @@ class Device:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def tells_time_of(self, frozen_dtype: str) -> bool:
+        """Data sheets' rates are for bf16; measured ones for any base."""
+        return self.rates is not None or frozen_dtype != "fp32"
+
     def seconds(self, simulation: Simulation) -> float:
         """Of a simulated step without communication, at the measured rates or else at the peak ones (a roofline)."""
         if self.rates:

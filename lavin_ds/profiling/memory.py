@@ -30,14 +30,14 @@ from lavin_ds.parallel import check_world, tensor_parallel_size
 from lavin_ds.profiling.published import PublishedOptions
 from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, first_rank_of, make_fake
 from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker, all_reduced
-from lavin_ds.profiling.zero import ModuleTrace, ZeroPlan, gathered_lives, linear_layers_of, zero_plan
+from lavin_ds.profiling.zero import GATHERING, ModuleTrace, ZeroPlan, gathered_lives, linear_layers_of, zero_plan
 from lavin_ds.run import adapter_file
 
 NO_ZERO = ZeroPlan()
 FP32 = 4  # bytes
 VISUAL_START = 4  # behind BOS and "Image: ", 3 pieces in LLaMA's tokenizer; costs nothing either way
 
-GATHERING, REDUCING, UPDATING = "all_gather", "reduce gradients", "gather parameters"
+REDUCING, UPDATING = "reduce gradients", "gather parameters"
 ZERO_OPERATIONS = (GATHERING, REDUCING, UPDATING)  # of data-parallel ranks
 
 PHASES = ("forward", "backward", "update", "end")
@@ -228,7 +228,7 @@ def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
         for life in gathered_lives(plan, trace, tracker.phase_ends["backward"]):
             life.phase = "forward" if life.born < tracker.phase_ends["forward"] else "backward"
             tracker.lives.append(life)
-            if life.operator == "all_gather":
+            if life.operator == GATHERING:
                 sent = life.bytes * (plan.ranks - 1) // plan.ranks
                 tracker.operations.append(Operation(GATHERING, life.phase, 0, 0, exchanged=sent))
     if plan.ranks > 1:

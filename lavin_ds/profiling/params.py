@@ -38,9 +38,13 @@ class ParameterCount:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def loaded_frozen_bytes(self, tensor_parallel: int) -> int:
+        """Of the frozen weights that a rank loads: its slice of the LLaMA, and the whole ViT."""
+        return self.frozen_bytes["llm"] // tensor_parallel + self.frozen_bytes["vision"]
+
     def loaded_bytes(self, tensor_parallel: int) -> int:
         """Of a rank's whole model. DeepSpeed moves that to the GPU before ZeRO-3 divides it."""
-        return self.frozen_bytes["llm"] // tensor_parallel + self.frozen_bytes["vision"] + FP32 * self.trainable
+        return self.loaded_frozen_bytes(tensor_parallel) + FP32 * self.trainable
 
 
 def count_parameters(config: RunConfig) -> ParameterCount:

@@ -150,7 +150,7 @@ class Report:
         if self.time:
             notes.append(f"Time: {self.gpus} x {self.time.assumption}. {self._communication()}")
             notes.append(f"For the whole recipe: {self._totals()}.")
-        elif self.config.model.frozen_dtype == "fp32" and not self.device.rates:
+        elif not self.device.tells_time_of(self.config.model.frozen_dtype):
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
         else:
             kind = self.config.data.prompt_format
@@ -232,7 +232,7 @@ def make_report(
     """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
     check_world(gpus, config.tensor_parallel)
     time = None
-    if training_set and (config.model.frozen_dtype != "fp32" or device.rates):
+    if training_set and device.tells_time_of(config.model.frozen_dtype):
         time = estimate(config, training_set, device, gpus, efficiency, price)
     return Report(
         config=config,

@@ -27,6 +27,7 @@ from lavin_ds.config import RunConfig
 from lavin_ds.profiling.tracker import Life, Tracker
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
 
+GATHERING = "all_gather"  # of ZeRO-3, in lives and operations
 FP32 = 4  # bytes; the trainable parameters and their gradients
 
 
@@ -179,7 +180,7 @@ def gathered_lives(plan: ZeroPlan, trace: ModuleTrace, end_of_backward: int) -> 
 
     def gather(clock: int, parameters: list[nn.Parameter]) -> None:
         nonlocal live_elements
-        buffer = grow(clock, parameters, "all_gather")
+        buffer = grow(clock, parameters, GATHERING)
         live_elements += sum(p.numel() for p in parameters)
         gathering = _Gathering(buffer, parameters, set(parameters))
         in_flight.update(dict.fromkeys(parameters, gathering))

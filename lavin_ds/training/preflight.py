@@ -246,8 +246,7 @@ def loading_check(config: RunConfig, local_ranks: int) -> Check:
     from lavin_ds.profiling.params import count_parameters
     from lavin_ds.training.ram import free_ram
 
-    frozen = count_parameters(config).frozen_bytes
-    needed = local_ranks * (frozen["llm"] // config.tensor_parallel + frozen["vision"])
+    needed = local_ranks * count_parameters(config).loaded_frozen_bytes(config.tensor_parallel)
     free = free_ram()
     said = f"{_size(needed)} of RAM for {local_ranks} rank{'s' * (local_ranks > 1)} to load, {_size(free)} free"
     if free < needed:
