@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from lavin_ds.errors import UserError
 
@@ -170,6 +170,14 @@ class DataConfig(Section):
     max_length: int = Field(512, gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"] = "shorten"
     image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _known(cls, format: str) -> str:
+        from lavin_ds.data_prep.sources import check_prompt_format  # here: it lies above this file, and is light
+
+        check_prompt_format(format)
+        return format
 
 
 class TrainingConfig(Section):
