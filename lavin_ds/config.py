@@ -181,6 +181,14 @@ class DataConfig(Section):
     overlength: Literal["error", "drop", "shorten"] = "shorten"
     image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
 
+    @field_validator("prompt_format")
+    @classmethod
+    def _known(cls, format: str) -> str:
+        from lavin_ds.data_prep.sources import check_prompt_format  # here: it lies above this file, and is light
+
+        check_prompt_format(format)
+        return format
+
 
 class TrainingConfig(Section):
     """Optimisation (paper 1, section 4.2; reference.md, section 6)."""
