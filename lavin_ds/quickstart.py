@@ -106,7 +106,7 @@ class Quickstart:
     def _evaluate(self, arguments: evaluation.EvalArguments, progress: Progress) -> dict:
         job = evaluation.prepare(arguments)
         model = evaluation.load(job)
-        with progress("answering", job.questions) as update:
+        with progress("answering", job.task.questions) as update:
             return evaluation.run(job, model, update)["table"]
 
     def _summary(self, tables: dict[str, dict], adapter: Path, seconds: float) -> dict:
@@ -117,7 +117,7 @@ class Quickstart:
             "shards": self.shards,
             "text_only_run": self._run("tiny-text"),
             "lavin_run": self._run("tiny"),
-            "predictions": self._run("tiny") / "eval-test.json",
+            "predictions": self._run("tiny") / "eval-scienceqa-test.json",
             "loss_curve": self._run("tiny") / "loss.png",
             "adapter": adapter,
             "summary": self.out / "summary.json",
