@@ -15,8 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation import job as evaluation
 from lavin_ds.files import write_json
@@ -77,7 +78,7 @@ class Quickstart:
         self._show("Tokenise it into Arrow shards", "prep", "scienceqa", *words)
         with progress("prep scienceqa") as update:
             show = lambda stage, done, total: update(done, total)  # noqa: E731
-            prepare_scienceqa(self.data, tokenizer, self.shards, load_recipe("tiny"), on_progress=show)
+            prepare(ScienceQA(self.data), tokenizer, self.shards, load_recipe("tiny"), on_progress=show)
 
     def _evaluate_base(self, progress: Progress) -> dict:
         out = self.out / "eval-base.json"

@@ -19,7 +19,8 @@ from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.schema import manifest_sha256
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep import sample
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.run import Inputs, RunRecord
@@ -93,7 +94,7 @@ def pipeline(tmp_path_factory) -> Pipeline:
         clip=write_clip(folder / "clip.safetensors"),
         data=folder / "shards",
     )
-    prepare_scienceqa(folder / "source", tokenizer.path, pipeline.data, pipeline.seeing_config, ["test"])
+    prepare(ScienceQA(folder / "source", splits="test"), tokenizer.path, pipeline.data, pipeline.seeing_config)
     return pipeline
 
 
