@@ -22,7 +22,7 @@ from lavin_ds.config import Checkpointing, ModelConfig
 from lavin_ds.data.collate import PADDING, Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import MMAdapter
+from lavin_ds.models.adapters.mm import MMAdapter
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
 from lavin_ds.models.vision import VisionAttention, VisionBlock

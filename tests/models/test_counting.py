@@ -56,8 +56,8 @@ def test_components_and_frozen_parts_of_7b():
 @pytest.mark.parametrize(
     "override, total",
     [
-        ("model.llm_adapter.before=[attention,ffn]", 8_443_776),
-        ("model.vision_adapter.before=[attention]", 4_551_680),
+        ("model.llm_adapter.at=[attention,ffn]", 8_443_776),
+        ("model.vision_adapter.at=[attention]", 4_551_680),
     ],
 )
 def test_the_bottlenecks_other_readings(override, total):
