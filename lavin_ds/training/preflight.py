@@ -212,7 +212,7 @@ def disk_check(arguments: TrainArguments, config: RunConfig) -> Check:
 
     It counts on a model without memory, for which it makes a process that is in no world a world of one.
     """
-    from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.models.counting import count_parameters
 
     count = count_parameters(config)
     kept = config.training.keep_checkpoints + 1 + bool(config.training.validate_every)
@@ -243,7 +243,7 @@ def loading_check(config: RunConfig, local_ranks: int) -> Check:
 
     A run that has not enough is killed by the system without a word. Not for ranks.
     """
-    from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.models.counting import count_parameters
     from lavin_ds.training.ram import free_ram
 
     needed = local_ranks * count_parameters(config).loaded_frozen_bytes(config.tensor_parallel)
@@ -262,8 +262,8 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     """
     import torch
 
+    from lavin_ds.models.counting import count_parameters
     from lavin_ds.profiling.memory import simulate, worst_case
-    from lavin_ds.profiling.params import count_parameters
     from lavin_ds.training.ram import free_ram
 
     peak = simulate(config, worst_case(config, ranks), ranks).peak_bytes

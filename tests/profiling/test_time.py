@@ -11,11 +11,12 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import ScienceQA
+from lavin_ds.devices import DEVICES, parse_bytes
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.devices import DEVICES, device_named, parse_bytes
+from lavin_ds.models.counting import count_parameters
+from lavin_ds.profiling.calibrate import device_named
 from lavin_ds.profiling.layers import from_few_layers, peak_components
 from lavin_ds.profiling.memory import Workload, simulate
-from lavin_ds.profiling.params import count_parameters
 from lavin_ds.profiling.time import TrainingSet, estimate, from_shards, micro_step, pace, scienceqa
 
 DEVICE = DEVICES["a100-80g"]

@@ -17,7 +17,7 @@ import lavin_ds
 from lavin_ds.cli.main import app
 from lavin_ds.config import config_keys, load_recipe
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.params import count_parameters
+from lavin_ds.models.counting import count_parameters
 from lavin_ds.run import check_free, hold
 from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
