@@ -66,6 +66,9 @@ def train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> int
     if is_first:
         refuse([disk_check(arguments, config)])  # here, as it needs the model's code, which takes seconds to import
     console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
+    if device.type == "cuda" and peak_flops(device) is None:
+        name = torch.cuda.get_device_name(device)
+        console.say(f"lavin_ds/devices.py has no data sheet of {name}: the share of its peak rate is not shown.")
     try:
         with hold(arguments.out, console.warn) if is_first else nullcontext():
             return _train(arguments, config, device, stop, console)
