@@ -35,8 +35,9 @@ from safetensors.torch import load_file
 
 import lavin_ds
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.run import read_metrics
 from lavin_ds.training.checkpoint import list_steps
 
@@ -67,7 +68,7 @@ class Kill:
 def make_data(folder: Path) -> Path:
     generate(folder / "scienceqa", seed=0, train=640, val=70, test=0)
     tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "scienceqa", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train", "val"])
+    prepare(ScienceQA(folder / "scienceqa", splits="train,val"), tokenizer, folder / "shards", load_recipe("tiny"))
     return folder / "shards"
 
 

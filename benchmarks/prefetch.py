@@ -25,8 +25,9 @@ from rich.table import Table
 import lavin_ds
 from lavin_ds.config import load_recipe
 from lavin_ds.data.shards import ShardReader
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.training.feed import AHEAD, Feed, in_background
 
@@ -63,7 +64,7 @@ def waits(items, steps: int, step_seconds: float) -> list[float]:
 def measure(folder: Path, steps: int, step_seconds: float) -> dict:
     generate(folder / "scienceqa", seed=0, train=640, val=0, test=0)
     tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "scienceqa", tokenizer, folder / "shards", load_recipe("tiny", RECIPE), splits=["train"])
+    prepare(ScienceQA(folder / "scienceqa", splits="train"), tokenizer, folder / "shards", load_recipe("tiny", RECIPE))
     initialize_single_process()
     feed = make_feed(folder / "shards")
     found = {}

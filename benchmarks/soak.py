@@ -34,8 +34,9 @@ from rich.table import Table
 
 import lavin_ds
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.profiling.measure import MALLOC_THAT_RETURNS
 from lavin_ds.run import read_metrics
@@ -59,7 +60,7 @@ SETTINGS = (
 def make_data(folder: Path) -> Path:
     generate(folder / "scienceqa", seed=0, train=640, val=70, test=0)
     tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "scienceqa", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train", "val"])
+    prepare(ScienceQA(folder / "scienceqa", splits="train,val"), tokenizer, folder / "shards", load_recipe("tiny"))
     return folder / "shards"
 
 

@@ -12,43 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lavin_ds.config import RunConfig
 from lavin_ds.data.prompts import CAPTION, CAPTION_INSTRUCTION, Instruction
-from lavin_ds.data_prep.pipeline import PrepReport, prepare
-from lavin_ds.data_prep.records import Listed, Listing, RawRecord, Record, Refused, Text, Unicode, path_below, read_json
+from lavin_ds.data_prep.reading import RawRecord, Unicode, comma_separated, path_below, read_json
+from lavin_ds.data_prep.records import Listed, Listing, Record, Refused, Source, Text, option
 from lavin_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from lavin_ds.data.schema import PromptSettings
 
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 LAYOUT = "dataset_coco.json has a list of images with filepath, filename, split, cocoid and sentences"
-
-
-def prepare_captions(
-    annotations: Path,
-    images: Path,
-    tokenizer: Path,
-    out: Path,
-    config: RunConfig,
-    splits: list[str] | None = None,
-    **options,
-) -> PrepReport:
-    """Prepares the splits, or train, val and test; `options` are those of `prepare`.
-
-    Raises:
-        UserError: a file is missing or malformed, the recipe is for other data, and all that `prepare` raises.
-    """
-    if config.data.prompt_format != CAPTION:
-        raise UserError(
-            f"The recipe's data.prompt_format is {config.data.prompt_format}, and that of captions is {CAPTION}: "
-            "give a recipe such as captions-13b."
-        )
-    if not Path(images).is_dir():
-        raise UserError(f"--images {images} is no folder: give the one with train2014/ and val2014/.")
-    wanted = tuple(dict.fromkeys(splits or ("train", "val", "test")))
-    source = Captions(Path(annotations), Path(images), wanted, config.compat is not None)
-    return prepare(source, tokenizer, out, config, **options)
 
 
 class RawSentence(RawRecord):
@@ -62,14 +39,17 @@ class RawImage(RawRecord):
 
 
 @dataclass(frozen=True)
-class Captions:
-    """A `Source` (see records.py). A raw record is its split and its JSON."""
+class Captions(Source):
+    """COCO captions with the Karpathy split: in train a row a caption, else a row an image with all its captions."""
 
-    annotations: Path
-    images: Path
-    wanted: tuple[str, ...]
-    compat: bool
+    # A raw record is its split and its JSON.
     kind = "captions"
+    formats = (CAPTION,)
+    recipe = "captions-13b"
+
+    annotations: Path = option("Karpathy's dataset_coco.json.")
+    images: Path = option("Folder with train2014/ and val2014/.")
+    splits: str = option("Comma-separated; train includes restval.", "train,val,test")
 
     @property
     def where(self) -> str:
@@ -79,7 +59,9 @@ class Captions:
     def root(self) -> Path:
         return self.images
 
-    def listing(self) -> Listing:
+    def listing(self, prompt: PromptSettings) -> Listing:
+        if not self.images.is_dir():
+            raise UserError(f"--images {self.images} is no folder: give the one with train2014/ and val2014/.")
         raw, sha256 = read_json(self.annotations, dict, LAYOUT)
         records = raw.get("images")
         if not isinstance(records, list):
@@ -95,20 +77,21 @@ class Captions:
             fault = Refused("cocoid", "stands twice") if id in seen else None
             seen.add(id)
             splits[SPLIT_OF[split]].append(Listed(str(id), (SPLIT_OF[split], record), fault))
-        for name in self.wanted:
+        wanted = comma_separated(self.splits)
+        for name in wanted:
             if not splits.get(name):
                 known = ", ".join(name for name, listed in splits.items() if listed)
                 raise UserError(f"{self.annotations} has no image of split '{name}': it has {known}.")
-        return Listing({name: splits[name] for name in self.wanted}, {"annotations": sha256})
+        return Listing({name: splits[name] for name in wanted}, {"annotations": sha256})
 
-    def read(self, listed: Listed) -> Record:
+    def read(self, listed: Listed, prompt: PromptSettings) -> Record:
         split, raw = listed.raw
         record = RawImage.check(raw)
         captions = tuple(sentence.raw.strip() for sentence in record.sentences)
         if not all(captions):
             raise Refused("sentences", "have an empty caption")
         image = path_below("filename", record.filepath, record.filename)
-        turns = [Instruction(CAPTION_INSTRUCTION, "", caption, self.compat) for caption in captions]
+        turns = [Instruction(CAPTION_INSTRUCTION, "", caption, prompt.compat is not None) for caption in captions]
         if split == "train":
             texts = [Text(f"{listed.id}.{n}", (turn,)) for n, turn in enumerate(turns)]
             return Record(tuple(texts), image)

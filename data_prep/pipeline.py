@@ -40,7 +40,7 @@ from lavin_ds.data.schema import (
 )
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep.pool import Pool
-from lavin_ds.data_prep.records import Listing, Offender, Source
+from lavin_ds.data_prep.records import Listing, Offender, Source, in_words
 from lavin_ds.data_prep.worker import Job, Task
 from lavin_ds.data_prep.workspace import Workspace, open_workspace
 from lavin_ds.errors import UserError
@@ -98,9 +98,14 @@ def prepare(
             f"Tokenizer {tokenizer} has {model.vocab_size} pieces and the recipe's model.llm.vocab_size is "
             f"{config.model.llm.vocab_size}: give the tokenizer of that base, or its recipe."
         )
-    listing = source.listing()
-    _check_names(listing)
     settings = PromptSettings.of(config)
+    if settings.format not in source.formats:
+        raise UserError(
+            f"The recipe's data.prompt_format is {settings.format}, and that of {source.kind} is "
+            f"{in_words(source.formats)}: give a recipe such as {source.recipe}."
+        )
+    listing = source.listing(settings)
+    _check_names(listing)
     vision = config.model.vision
     inputs = _inputs(source, listing, model, config)
     with open_workspace(Path(out), inputs, overwrite, restart) as workspace:
@@ -251,7 +256,7 @@ class _Run:
         return {number for own, number, _ in self._offenders if own == order}
 
     def _image_path(self, split: str, number: int) -> Path:
-        return self.job.source.root / self.job.source.read(self.listing.splits[split][number]).image
+        return self.job.source.root / self.job.source.read(self.listing.splits[split][number], self.job.settings).image
 
     def _entry(self, split: str, results: list[dict]) -> SplitEntry:
         outcomes: Counter = Counter()

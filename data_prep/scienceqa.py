@@ -10,44 +10,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lavin_ds.config import RunConfig
-from lavin_ds.data.prompts import LETTERS, Question, QuestionTurn, check_format
-from lavin_ds.data_prep.pipeline import PrepReport, prepare
-from lavin_ds.data_prep.records import (
-    Listed,
-    Listing,
+from lavin_ds.data.prompts import LETTERS, SCIENCEQA_FORMATS, Question, QuestionTurn
+from lavin_ds.data_prep.reading import (
     OptionalText,
     RawRecord,
-    Record,
-    Refused,
-    Text,
     Unicode,
+    comma_separated,
     is_plain_name,
     is_unicode,
     path_below,
     read_json,
 )
+from lavin_ds.data_prep.records import Listed, Listing, Record, Refused, Source, Text, option
 from lavin_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from lavin_ds.data.schema import PromptSettings
 
 DEFAULT_SPLITS = ("train", "val", "test")  # the set also has trainval, minitrain, minival and minitest
 LAYOUT = "the official layout has problems.json, pid_splits.json, captions.json and images/"
-
-
-def prepare_scienceqa(
-    data: Path, tokenizer: Path, out: Path, config: RunConfig, splits: list[str] | None = None, **options
-) -> PrepReport:
-    """Prepares the splits, or those of train, val and test that exist; `options` are those of `prepare`.
-
-    Raises:
-        UserError: a file is missing or malformed, and all that `prepare` raises.
-    """
-    check_format(config.data.prompt_format)
-    wanted = tuple(dict.fromkeys(splits or ()))
-    source = ScienceQA(Path(data), wanted, config.data.prompt_format, config.data.captions, config.compat is not None)
-    return prepare(source, tokenizer, out, config, **options)
 
 
 class RawQuestion(RawRecord):
@@ -64,15 +49,15 @@ class RawQuestion(RawRecord):
 
 
 @dataclass(frozen=True)
-class ScienceQA:
-    """A `Source` (see records.py). A raw record is its split, its JSON, and its caption or None."""
+class ScienceQA(Source):
+    """ScienceQA in its official folder layout."""  # a raw record is its split, its JSON, and its caption or None
 
-    data: Path
-    wanted: tuple[str, ...]
-    format: str
-    captions: bool
-    compat: bool
     kind = "scienceqa"
+    formats = SCIENCEQA_FORMATS
+    recipe = "lavin-7b"
+
+    data: Path = option("Folder with problems.json, pid_splits.json and images/.")
+    splits: str = option("Comma-separated; default those of train,val,test that exist.", "")
 
     @property
     def where(self) -> str:
@@ -82,19 +67,19 @@ class ScienceQA:
     def root(self) -> Path:
         return self.data
 
-    def listing(self) -> Listing:
+    def listing(self, prompt: PromptSettings) -> Listing:
         if self.data.is_file():
             raise UserError(f"--data {self.data} is a file: give the folder that it lies in.")
         problems, problems_sha256 = read_json(self.data / "problems.json", dict, LAYOUT)
         ids, ids_sha256 = read_json(self.data / "pid_splits.json", dict, LAYOUT)
         sha256 = {"problems.json": problems_sha256, "pid_splits.json": ids_sha256}
         captions = {}
-        if self.captions:
+        if prompt.captions:
             captions, sha256["captions.json"] = self._captions()
         splits = {name: _listed(name, ids[name], problems, captions) for name in self._choose(ids)}
         return Listing(splits, sha256)
 
-    def read(self, listed: Listed) -> Record:
+    def read(self, listed: Listed, prompt: PromptSettings) -> Record:
         split, raw, caption = listed.raw
         record = RawQuestion.check(raw)
         if record.answer >= len(record.choices):
@@ -103,7 +88,7 @@ class ScienceQA:
         question = Question(record.question, tuple(record.choices), record.answer, *texts)
         text = Text(
             id=listed.id,
-            turns=(QuestionTurn(question, caption, self.format, self.compat),),
+            turns=(QuestionTurn(question, caption, prompt.format, prompt.compat is not None),),
             has_hint=bool(record.hint.strip()),
             answer=record.answer,
             n_choices=len(record.choices),
@@ -114,7 +99,7 @@ class ScienceQA:
 
     def _choose(self, ids: dict) -> list[str]:
         path = self.data / "pid_splits.json"
-        chosen = list(self.wanted or [name for name in DEFAULT_SPLITS if name in ids])
+        chosen = list(comma_separated(self.splits) or [name for name in DEFAULT_SPLITS if name in ids])
         if not chosen:
             raise UserError(f"{path} has no train, val or test: name others with --splits.")
         for split in chosen:

@@ -22,7 +22,8 @@ from lavin_ds.data.samples import Sample, make_samples
 from lavin_ds.data.schema import IMAGE_SCHEMA, ROW_SCHEMA, FileEntry, PromptSettings
 from lavin_ds.data.shards import IMAGE_BATCH, ROW_BATCH, write_shard
 from lavin_ds.data.tokenizer import Tokenizer
-from lavin_ds.data_prep.records import Listed, Record, Refused, Source, Text, read_image_file
+from lavin_ds.data_prep.reading import read_image_file
+from lavin_ds.data_prep.records import Listed, Record, Refused, Source, Text
 from lavin_ds.errors import UserError
 
 CHUNK = 256  # records tokenised at a time
@@ -90,7 +91,7 @@ class Worker:
             try:
                 if one.fault:
                     raise one.fault
-                record = self.job.source.read(one)
+                record = self.job.source.read(one, self.job.settings)
                 if record.image and self.job.image_size:
                     digest = hashlib.sha256(read_image_file(self.job.source.root / record.image)).hexdigest()
                     images.setdefault(digest, record.image)
@@ -141,15 +142,14 @@ class Worker:
         for start in range(0, len(listed), CHUNK):
             found: list[tuple[int, Record, Text]] = []
             for i in range(start, min(start + CHUNK, len(listed))):
-                record = self.job.source.read(listed[i])
+                record = self.job.source.read(listed[i], settings)
                 found += [(i, record, text) for text in record.texts]
             has_pixels = [image_rows[i] >= 0 for i, _, _ in found]
             samples = make_samples([text.turns for _, _, text in found], has_pixels, self.tokenizer, frame, settings)
             for (i, record, text), sample in zip(found, samples, strict=True):
                 if sample.reason:
                     refused = settings.overlength == "error"
-                    unused = refused or not sample.token_ids or self.job.source.kind == "instruct"
-                    kept = "" if unused else "; kept for evaluation"
+                    kept = "; its prompt is kept" if sample.token_ids and not refused else ""
                     tally.too_long.append((i, text.id, f"is {sample.reason}{kept}"))
                     if refused:
                         continue

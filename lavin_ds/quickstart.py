@@ -15,8 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation import job as evaluation
 from lavin_ds.files import write_json
@@ -77,7 +78,7 @@ class Quickstart:
         self._show("Tokenise it into Arrow shards", "prep", "scienceqa", *words)
         with progress("prep scienceqa") as update:
             show = lambda stage, done, total: update(done, total)  # noqa: E731
-            prepare_scienceqa(self.data, tokenizer, self.shards, load_recipe("tiny"), on_progress=show)
+            prepare(ScienceQA(self.data), tokenizer, self.shards, load_recipe("tiny"), on_progress=show)
 
     def _evaluate_base(self, progress: Progress) -> dict:
         out = self.out / "eval-base.json"
@@ -106,7 +107,7 @@ class Quickstart:
     def _evaluate(self, arguments: evaluation.EvalArguments, progress: Progress) -> dict:
         job = evaluation.prepare(arguments)
         model = evaluation.load(job)
-        with progress("answering", job.questions) as update:
+        with progress("answering", job.task.questions) as update:
             return evaluation.run(job, model, update)["table"]
 
     def _summary(self, tables: dict[str, dict], adapter: Path, seconds: float) -> dict:
@@ -117,7 +118,7 @@ class Quickstart:
             "shards": self.shards,
             "text_only_run": self._run("tiny-text"),
             "lavin_run": self._run("tiny"),
-            "predictions": self._run("tiny") / "eval-test.json",
+            "predictions": self._run("tiny") / "eval-scienceqa-test.json",
             "loss_curve": self._run("tiny") / "loss.png",
             "adapter": adapter,
             "summary": self.out / "summary.json",

@@ -19,13 +19,14 @@ ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 def tiny_shards(tmp_path_factory) -> Path:
     """28 generated questions as recipe tiny wants them, in split train alone. Not to be written to."""
     from lavin_ds.config import load_recipe
+    from lavin_ds.data_prep.pipeline import prepare
     from lavin_ds.data_prep.sample import generate
-    from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+    from lavin_ds.data_prep.scienceqa import ScienceQA
 
     folder = tmp_path_factory.mktemp("tiny-shards")
     generate(folder / "source", train=28, val=0, test=0)
     tokenizer = ASSETS / "llama" / "tokenizer.model"
-    prepare_scienceqa(folder / "source", tokenizer, folder / "shards", load_recipe("tiny"), splits=["train"])
+    prepare(ScienceQA(folder / "source", splits="train"), tokenizer, folder / "shards", load_recipe("tiny"))
     return folder / "shards"
 
 

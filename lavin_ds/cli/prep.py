@@ -1,4 +1,4 @@
-"""`lavin-ds prep ...`: source data to Arrow shards."""
+"""`lavin-ds prep ...`: source data to Arrow shards, a command for each kind of data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
 from enum import Enum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich import box
@@ -17,6 +19,8 @@ from rich.table import Table
 
 from lavin_ds.cli import console
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.records import Source
+from lavin_ds.data_prep.sources import SOURCES
 from lavin_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,113 +29,84 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Prepare data: source files to Arrow shards.", no_args_is_help=True)
 
 
+HEADINGS = {"evaluation_only": "no labels"}  # of the table's columns, where not the name itself
+
+
 class OnError(str, Enum):
     fail = "fail"
     skip = "skip"
 
 
-# The options that every source of data has.
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: data.max_length=256 ...")]
-TokenizerFile = Annotated[Path, typer.Option(help="The base model's SentencePiece tokenizer.model.")]
-Out = Annotated[Path, typer.Option(help="Shard directory to make.")]
-Recipe = Annotated[str, typer.Option(help="Recipe name or YAML file.")]
-OnErrorOption = Annotated[OnError, typer.Option(help="Bad records: stop, or leave them out.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes at work; default the cores available.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older shard directory.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Throw away what a killed job has finished.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+def _command(source: type[Source]) -> Callable[..., None]:
+    """The function of `prep KIND`: the source's own options, then those that all kinds have."""
+
+    def run(
+        *,
+        tokenizer: Annotated[Path, typer.Option(help="The base model's SentencePiece tokenizer.model.")],
+        out: Annotated[Path, typer.Option(help="Shard directory to make.")],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(help="Changes to the recipe: data.max_length=256 ...")
+        ] = None,
+        recipe: Annotated[str, typer.Option(help="Recipe name or YAML file.")] = source.recipe,
+        on_error: Annotated[OnError, typer.Option(help="Bad records: stop, or leave them out.")] = OnError.fail,
+        workers: Annotated[
+            int | None, typer.Option(min=1, help="Processes at work; default the cores available.")
+        ] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older shard directory.")] = False,
+        restart: Annotated[bool, typer.Option("--restart", help="Throw away what a killed job has finished.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+        **own: Any,
+    ) -> None:
+        from lavin_ds.data_prep.pipeline import prepare
+
+        config = load_recipe(recipe, overrides or [])
+        given = source(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+        with _interruptible(), ExitStack() as bars:
+            report = prepare(
+                given,
+                tokenizer,
+                out,
+                config,
+                on_error=on_error.value,
+                workers=workers or len(os.sched_getaffinity(0)),
+                overwrite=overwrite,
+                restart=restart,
+                on_progress=_stages(f"prep {source.kind}", bars),
+            )
+        _show(report, as_json)
+
+    hints = get_type_hints(run, include_extras=True)
+    shared = [p.replace(annotation=hints[p.name]) for p in Signature.from_callable(run).parameters.values()]
+    # typer reads options from the signature.
+    run.__signature__ = Signature([*_options(source), *(p for p in shared if p.kind is Parameter.KEYWORD_ONLY)])
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
+    return run
 
 
-@app.command()
-def scienceqa(
-    data: Annotated[Path, typer.Option(help="Folder with problems.json, pid_splits.json and images/.")],
-    tokenizer: TokenizerFile,
-    out: Out,
-    overrides: Overrides = None,
-    recipe: Recipe = "lavin-7b",
-    splits: Annotated[str, typer.Option(help="Comma-separated; default those of train,val,test that exist.")] = "",
-    on_error: OnErrorOption = OnError.fail,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    restart: Restart = False,
-    as_json: AsJson = False,
-) -> None:
-    """ScienceQA in its official folder layout to shards, as the recipe wants its prompts and images."""
-    from lavin_ds.data_prep.scienceqa import prepare_scienceqa
-
-    wanted = [name.strip() for name in splits.split(",") if name.strip()]
-    config = load_recipe(recipe, overrides or [])
-    with _job("scienceqa", on_error, workers, overwrite, restart) as options:
-        report = prepare_scienceqa(data, tokenizer, out, config, wanted or None, **options)
-    _show(report, as_json)
+def _options(source: type[Source]) -> list[Parameter]:
+    """A source's fields as typer's options."""
+    hints = get_type_hints(source)
+    options = []
+    for field in fields(source):
+        kind = hints[field.name]
+        if get_origin(kind) is tuple:  # tuple[X, ...]: the option may be repeated
+            kind = list[get_args(kind)[0]]
+        kind = Annotated[kind, typer.Option(help=field.metadata["help"])]
+        default = Parameter.empty if field.default is MISSING else field.default
+        options.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return options
 
 
-@app.command()
-def instruct(
-    tokenizer: TokenizerFile,
-    out: Out,
-    overrides: Overrides = None,
-    alpaca: Annotated[list[Path] | None, typer.Option(help="Alpaca JSON; may be given several times.")] = None,
-    llava: Annotated[
-        list[Path] | None, typer.Option(help="LLaVA conversation JSON; may be given several times.")
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that the image paths of LLaVA's files start from.")
-    ] = None,
-    recipe: Recipe = "chatbot-13b",
-    on_error: OnErrorOption = OnError.fail,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    restart: Restart = False,
-    as_json: AsJson = False,
-) -> None:
-    """Instructions of Alpaca and LLaVA, mixed in one set; data.prompt_format says single-turn or conversation."""
-    from lavin_ds.data_prep.instruct import prepare_instruct
-
-    config = load_recipe(recipe, overrides or [])
-    with _job("instruct", on_error, workers, overwrite, restart) as options:
-        report = prepare_instruct(alpaca or [], llava or [], images, tokenizer, out, config, **options)
-    _show(report, as_json)
-
-
-@app.command()
-def captions(
-    annotations: Annotated[Path, typer.Option(help="Karpathy's dataset_coco.json.")],
-    images: Annotated[Path, typer.Option(help="Folder with train2014/ and val2014/.")],
-    tokenizer: TokenizerFile,
-    out: Out,
-    overrides: Overrides = None,
-    recipe: Recipe = "captions-13b",
-    splits: Annotated[str, typer.Option(help="Comma-separated; train includes restval.")] = "train,val,test",
-    on_error: OnErrorOption = OnError.fail,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
-    restart: Restart = False,
-    as_json: AsJson = False,
-) -> None:
-    """COCO captions with the Karpathy split: in train a row a caption, else a row an image with all its captions."""
-    from lavin_ds.data_prep.captions import prepare_captions
-
-    wanted = [name.strip() for name in splits.split(",") if name.strip()]
-    config = load_recipe(recipe, overrides or [])
-    with _job("captions", on_error, workers, overwrite, restart) as options:
-        report = prepare_captions(annotations, images, tokenizer, out, config, wanted, **options)
-    _show(report, as_json)
+for _source in SOURCES.values():
+    app.command(_source.kind, help=_source.__doc__)(_command(_source))
 
 
 @contextmanager
-def _job(name: str, on_error: OnError, workers: int | None, overwrite: bool, restart: bool) -> Iterator[dict]:
-    """The options of `prepare` that all commands share; shows progress, and what to do when it is interrupted."""
-    signal.signal(signal.SIGTERM, _end)  # in order, as by Ctrl-C, so that workers end too
+def _interruptible() -> Iterator[None]:
+    """Says what to do after an interruption; SIGTERM ends the job in order, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _end)
     try:
-        with ExitStack() as bars:
-            yield {
-                "on_error": on_error.value,
-                "workers": workers or len(os.sched_getaffinity(0)),
-                "overwrite": overwrite,
-                "restart": restart,
-                "on_progress": _stages(f"prep {name}", bars),
-            }
+        yield
     except (KeyboardInterrupt, SystemExit):
         console.err.print("Stopped. What is finished is kept: the same command goes on from there.")
         raise
@@ -206,7 +181,6 @@ def _table(report: PrepReport) -> Table:
 
     splits = report.manifest.splits
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in splits.values())]
-    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval only"}
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
     caption = "median, max: positions of a sample laid out for training"
     title = f"{report.out}: {size}"
@@ -216,7 +190,7 @@ def _table(report: PrepReport) -> Table:
         columns = {name: {"records": splits[name].records, **column} for name, column in columns.items()}
     for name, s in splits.items():
         columns[name] |= {"median": report.median_positions[name], "max": report.max_positions[name]}
-        columns[name] |= {headings.get(outcome, outcome): getattr(s.lengths, outcome) for outcome in outcomes}
+        columns[name] |= {HEADINGS.get(outcome, outcome): getattr(s.lengths, outcome) for outcome in outcomes}
         if any(s.rejected for s in splits.values()):
             columns[name]["rejected"] = s.rejected
     table.add_column("split", no_wrap=True)
@@ -232,13 +206,11 @@ def _remark(report: PrepReport) -> None:
     from lavin_ds.data.prompts import CONVERSATION
 
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt
-    instruct = report.manifest.kind == "instruct"  # nothing evaluates those
-    kept = "training passes over them (a larger limit keeps them)" if instruct else "kept for evaluation"
     limit, lost = prompt.max_length, "context or last turns" if prompt.format == CONVERSATION else "context"
     remarks = {
         "shortened": f"had their {lost} cut to fit data.max_length {limit}",
         "cut": f"lost tokens at the end to fit data.max_length {limit}",
-        "evaluation_only": f"cannot be trained on within data.max_length {limit}; {kept}",
+        "evaluation_only": f"cannot be trained on within data.max_length {limit}; their prompts are kept",
         "dropped": f"left out: not even the prompt fits data.max_length {limit}",
     }
     if report.resumed:

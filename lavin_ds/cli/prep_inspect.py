@@ -18,7 +18,7 @@ from lavin_ds.config import load_recipe
 if TYPE_CHECKING:
     import numpy as np
 
-    from lavin_ds.data_prep.inspect import Report, SampleView
+    from lavin_ds.data_prep.shard_report import Report, SampleView
 
 STYLES = {
     "modality token": "bold magenta",
@@ -46,12 +46,12 @@ def inspect_shards(
 ) -> None:
     """Show what is in a shard directory: counts, lengths, padding, the manifest, and a sample."""
     from lavin_ds.data.schema import check_manifest
-    from lavin_ds.data_prep.inspect import inspect, plot, view
+    from lavin_ds.data_prep.shard_report import make_report, plot, view
 
     config = load_recipe(recipe, overrides or []) if recipe else None
     visual = config.model.visual_tokens if config else None
     batches = (config.training.global_batch, config.training.micro_batch) if config else (32, 4)
-    report = inspect(data, visual, *batches)
+    report = make_report(data, visual, *batches)
     shown = view(data, split or ("train" if "train" in report.splits else next(iter(report.splits))), sample, visual)
     disagreements = check_manifest(report.manifest, config) if config else []
     if png:
@@ -106,7 +106,7 @@ def _splits_table(report: Report) -> Table:
 
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
     outcomes = [outcome for outcome in outcomes if outcome != "whole"]
-    headings = {"evaluation_only": "unused" if report.manifest.kind == "instruct" else "eval-only"}
+    headings = {"evaluation_only": "no labels"}
     caption = "median, mean, max: positions of a sample laid out for training"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("split", no_wrap=True)

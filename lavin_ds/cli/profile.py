@@ -21,7 +21,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.run import RunRecord, load_run
 
 if TYPE_CHECKING:  # they import torch, which --help need not wait for
-    from lavin_ds.profiling.params import ParameterCount
+    from lavin_ds.models.counting import ParameterCount
     from lavin_ds.profiling.report import Report
 
 MARK_STYLES = {"quoted": "dim", "exact": "green", "simulated": "cyan", "extrapolated": "yellow", "measured": "bold"}
@@ -91,7 +91,7 @@ def profile(
 ) -> None:
     if ctx.invoked_subcommand:
         return
-    from lavin_ds.profiling.devices import parse_bytes
+    from lavin_ds.devices import parse_bytes
 
     files = {"--plot": plot, "--timeline": timeline, "--html": html}
     if fit:
@@ -183,7 +183,8 @@ def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
 
 
 def _device(name: str | None = None, figures=(None, None, None), link: float | None = None, gpus: int = 1):
-    from lavin_ds.profiling.devices import HERE, device_given, device_named
+    from lavin_ds.devices import device_given
+    from lavin_ds.profiling.calibrate import HERE, device_named
 
     given = [figure for figure in figures if figure is not None]
     if given and (len(given) < len(figures) or name):
@@ -287,7 +288,7 @@ def params(
     as_json: AsJson = False,
 ) -> None:
     """Count a recipe's parameters, exactly and without loading anything."""
-    from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.models.counting import count_parameters
 
     count = count_parameters(load_recipe(recipe, overrides or []))
     if as_json:

@@ -32,8 +32,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-
-from lavin_ds.errors import UserError
+from typing import Protocol
 
 LETTERS = string.ascii_uppercase
 
@@ -48,9 +47,25 @@ INPUT_PARTS = {  # the order of the prompt's lines; L, E and LE are one BECAUSE 
     "QCLEM": ("Q", "C", "LE", "M"),
 }
 OUTPUTS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
-FORMATS = tuple(f"{i}-{o}" for i in INPUT_PARTS for o in OUTPUTS)  # ScienceQA's
+SCIENCEQA_FORMATS = tuple(f"{i}-{o}" for i in INPUT_PARTS for o in OUTPUTS)
 SINGLE_TURN, CONVERSATION, CAPTION = "single-turn", "conversation", "caption"
 CAPTION_INSTRUCTION = "Provide a brief description of the given image."
+
+
+class Turn(Protocol):
+    """What is asked and what is learnt, as text.
+
+    `context` is the part of the prompt that may be cut to make it fit. The response starts with the space that
+    follows "Response:", unless it is worded for compat.
+    """
+
+    @property
+    def context(self) -> str: ...
+
+    @property
+    def response(self) -> str: ...
+
+    def prompt(self, context: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionTurn:
-    """A ScienceQA question in one of FORMATS (a `Turn`, see data/samples.py)."""
+    """A ScienceQA question in one of SCIENCEQA_FORMATS (a `Turn`)."""
 
     question: Question
     caption: str | None
@@ -92,7 +107,7 @@ class QuestionTurn:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction, what it is about (Alpaca's input; may be empty) and the reply (a `Turn`, see data/samples.py)."""
+    """An instruction, what it is about (Alpaca's input; may be empty) and the reply (a `Turn`)."""
 
     instruction: str
     input: str
@@ -111,15 +126,6 @@ class Instruction:
         if self.compat:
             return _squeeze_once(f"Instruction: {self.instruction} {context}\nResponse:")
         return f"Instruction: {_tidy(self.instruction)} {context}".rstrip() + "\nResponse:"
-
-
-def check_format(format: str) -> None:
-    """Raises UserError unless `format` is one of FORMATS, those of ScienceQA."""
-    if format not in FORMATS:
-        raise UserError(
-            f"data.prompt_format '{format}' is none of ScienceQA's: write INPUT-OUTPUT, with an input of "
-            f"{', '.join(INPUT_PARTS)} and an output of {', '.join(OUTPUTS)}, for example QCM-ALE."
-        )
 
 
 def context_of(question: Question, caption: str | None, compat: bool = False) -> str:

@@ -13,29 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from lavin_ds.data.layout import Frame, room
+from lavin_ds.data.prompts import Turn
 from lavin_ds.data.schema import PromptSettings
 from lavin_ds.data.tokenizer import Tokenizer
 
 ANSWER_ROOM = 64  # tokens left to generate after an evaluation prompt; the authors' max_gen_len
-
-
-class Turn(Protocol):
-    """What is asked and what is learnt, as text (see data/prompts.py).
-
-    `context` is the part of the prompt that may be cut to make it fit. The response starts with the space that
-    follows "Response:", unless it is worded for compat.
-    """
-
-    @property
-    def context(self) -> str: ...
-
-    @property
-    def response(self) -> str: ...
-
-    def prompt(self, context: str) -> str: ...
 
 
 @dataclass(frozen=True)

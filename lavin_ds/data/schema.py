@@ -144,7 +144,7 @@ class PromptSettings(Section):
 
 class Manifest(Section):
     schema_version: int
-    kind: Literal["scienceqa", "instruct", "captions"]
+    kind: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of data: see data_prep/sources.py
     created_by: str
     splits: dict[str, SplitEntry]
     images: ImageEntry | None  # None: prepared for a recipe without vision

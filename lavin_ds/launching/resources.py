@@ -14,7 +14,7 @@ def disk_check(out: Path, config: RunConfig) -> Check:
 
     It counts on a model without memory, for which it makes a process that is in no world a world of one.
     """
-    from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.models.counting import count_parameters
 
     count = count_parameters(config)
     kept = config.training.keep_checkpoints + 1 + bool(config.training.validate_every)
@@ -40,7 +40,7 @@ def loading_check(config: RunConfig, local_ranks: int) -> Check:
     A run that has not enough is killed by the system without a word. Not for ranks.
     """
     from lavin_ds.launching.ram import free_ram
-    from lavin_ds.profiling.params import count_parameters
+    from lavin_ds.models.counting import count_parameters
 
     needed = local_ranks * count_parameters(config).loaded_frozen_bytes(config.tensor_parallel)
     free = free_ram()
@@ -59,8 +59,8 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
     import torch
 
     from lavin_ds.launching.ram import free_ram
+    from lavin_ds.models.counting import count_parameters
     from lavin_ds.profiling.memory import simulate, worst_case
-    from lavin_ds.profiling.params import count_parameters
 
     peak = simulate(config, worst_case(config, ranks), ranks).peak_bytes
     peak = max(peak, count_parameters(config).loaded_bytes(config.tensor_parallel))

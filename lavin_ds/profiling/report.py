@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin_ds.config import RunConfig, recomputed_layers
+from lavin_ds.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
+from lavin_ds.models.counting import ParameterCount, count_parameters
 from lavin_ds.parallel import check_world
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
 from lavin_ds.profiling.memory import Measured, Simulation, simulate, worst_case
-from lavin_ds.profiling.params import ParameterCount, count_parameters
 from lavin_ds.profiling.reached import Reached
 from lavin_ds.profiling.savings import AsPublished, as_published
 from lavin_ds.profiling.time import TimeEstimate, TrainingSet, estimate

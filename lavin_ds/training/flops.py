@@ -12,7 +12,7 @@ import re
 import torch
 
 from lavin_ds.config import LlamaConfig, ModelConfig, VisionConfig
-from lavin_ds.profiling.devices import DEVICES
+from lavin_ds.devices import DEVICES
 
 OPERATIONS = 4  # a weight and token: multiply and add, forward and backward
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lavin_ds.config import RunConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
-from lavin_ds.data.prompts import FORMATS, LETTERS
+from lavin_ds.data.prompts import LETTERS, SCIENCEQA_FORMATS
 from lavin_ds.data.sampler import epoch_order
 from lavin_ds.data.shards import Row, ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ class _AnswerToken:
     def of(cls, config: RunConfig, reader: ShardReader) -> _AnswerToken | None:
         """None for responses that do not begin with an answer, or a tokenizer that spells letters in pieces."""
         format = config.data.prompt_format
-        if format not in FORMATS or not format.split("-")[1].startswith("A"):
+        if format not in SCIENCEQA_FORMATS or not format.split("-")[1].startswith("A"):
             return None
         tokenizer = Tokenizer(reader.directory / reader.manifest.tokenizer.file)
         spelled = tokenizer.encode_continuation_batch(

@@ -211,7 +211,7 @@ def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], 
     """
     import torch
 
-    from lavin_ds.models.adapters import frozen_parameters
+    from lavin_ds.models.trainable import frozen_parameters
 
     clip = check_clip(path, tower.config)
     parameters = frozen_parameters(tower)

@@ -289,7 +289,7 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
     import torch
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-    from lavin_ds.models.adapters import frozen_parameters
+    from lavin_ds.models.trainable import frozen_parameters
     from lavin_ds.parallel import tensor_parallel_rank, tensor_parallel_size
 
     files = check_llama(path, model.config)

@@ -7,14 +7,15 @@ from data_helpers import record, small_config, write_scienceqa
 
 from lavin_ds.data.schema import ROW_SCHEMA
 from lavin_ds.data.shards import ShardReader
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_reader_reads_what_ours_reads(tmp_path, tokenizer_file, monkeypatch):
     data = write_scienceqa(tmp_path / "data", {"1": record(image="image.png"), "2": record()})
-    prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", small_config())
+    prepare(ScienceQA(data), tokenizer_file, tmp_path / "shards", small_config())
     [code] = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     found = {}

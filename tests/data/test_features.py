@@ -14,7 +14,8 @@ from lavin_ds.data.collate import collate, prompt_batch
 from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data_prep import features
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation.generate import generate
 from lavin_ds.models.lavin import Lavin
@@ -56,7 +57,7 @@ def shards(tmp_path, tokenizer_file, monkeypatch) -> Path:
     monkeypatch.setattr(features, "BATCH", 2)
     problems = {str(i): record(image="image.png" if i < IMAGES else None) for i in range(IMAGES + 1)}
     source = write_scienceqa(tmp_path / "source", problems)
-    prepare_scienceqa(source, tokenizer_file, tmp_path / "shards", LIVE)
+    prepare(ScienceQA(source), tokenizer_file, tmp_path / "shards", LIVE)
     return tmp_path / "shards"
 
 

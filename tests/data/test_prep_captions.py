@@ -7,7 +7,8 @@ from PIL import Image
 from lavin_ds.data.schema import check_manifest
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
-from lavin_ds.data_prep.captions import prepare_captions
+from lavin_ds.data_prep import pipeline
+from lavin_ds.data_prep.captions import Captions
 from lavin_ds.errors import UserError
 
 CONFIG = small_config(prompt_format="caption")
@@ -41,11 +42,9 @@ def write(folder, images=IMAGES):
     return folder
 
 
-def prepare(folder, tokenizer_file, **options):
-    config = options.pop("config", CONFIG)
-    return prepare_captions(
-        folder / "dataset_coco.json", folder / "coco", tokenizer_file, folder / "shards", config, **options
-    )
+def prepare(folder, tokenizer_file, splits="train,val,test", config=CONFIG, **options):
+    source = Captions(folder / "dataset_coco.json", folder / "coco", splits)
+    return pipeline.prepare(source, tokenizer_file, folder / "shards", config, **options)
 
 
 def test_training_learns_every_caption_and_restval_too(tmp_path, tokenizer_file):
@@ -75,10 +74,10 @@ def test_an_image_to_score_is_one_row_with_all_its_captions(tmp_path, tokenizer_
 
 
 def test_splits_can_be_chosen_and_must_exist(tmp_path, tokenizer_file):
-    report = prepare(write(tmp_path), tokenizer_file, splits=["test"])
+    report = prepare(write(tmp_path), tokenizer_file, splits="test")
     assert list(report.manifest.splits) == ["test"] and report.manifest.images.rows == 1
     with pytest.raises(UserError, match="no image of split 'nope': it has train, val, test"):
-        prepare(tmp_path, tokenizer_file, splits=["nope"], overwrite=True)
+        prepare(tmp_path, tokenizer_file, splits="nope", overwrite=True)
 
 
 @pytest.mark.parametrize(

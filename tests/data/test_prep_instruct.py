@@ -10,7 +10,8 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data.schema import check_manifest
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
-from lavin_ds.data_prep.instruct import prepare_instruct
+from lavin_ds.data_prep import pipeline
+from lavin_ds.data_prep.instruct import Instruct
 from lavin_ds.errors import UserError
 
 ALPACA = [
@@ -40,8 +41,9 @@ def write(folder, alpaca=ALPACA, llava=LLAVA):
 
 def prepare(folder, tokenizer_file, turns="single-turn", **options):
     config = options.pop("config", small_config(prompt_format=turns))
-    files = [folder / "alpaca.json"], [folder / "llava.json"], options.pop("images", folder / "images")
-    return prepare_instruct(*files, tokenizer_file, folder / "shards", config, **options)
+    images = options.pop("images", folder / "images")
+    source = Instruct((folder / "alpaca.json",), (folder / "llava.json",), images)
+    return pipeline.prepare(source, tokenizer_file, folder / "shards", config, **options)
 
 
 def texts(report, tokenizer_file) -> dict[str, tuple[str, list[str]]]:
@@ -138,11 +140,11 @@ def test_files_that_cannot_be_told_apart_or_hold_nothing_are_refused(tmp_path, t
     lines = tmp_path / "lines.json"
     lines.write_text('{"instruction": "a", "output": "b"}\n' * 2)
     with pytest.raises(UserError, match=r"is JSON Lines, .* `jq -s \. lines.json > list.json` makes one"):
-        prepare_instruct([lines], [], None, tokenizer_file, out, config)
+        pipeline.prepare(Instruct((lines,)), tokenizer_file, out, config)
     with pytest.raises(UserError, match="2 files are named alpaca"):
-        prepare_instruct([file, file], [], None, tokenizer_file, out, config)
+        pipeline.prepare(Instruct((file, file)), tokenizer_file, out, config)
     with pytest.raises(UserError, match="nothing to prepare"):
-        prepare_instruct([], [], None, tokenizer_file, out, config)
+        pipeline.prepare(Instruct(), tokenizer_file, out, config)
 
 
 def test_recipe_and_data_must_be_of_one_kind(tmp_path, tokenizer_file):
@@ -185,8 +187,8 @@ def test_real_alpaca_and_llava_records_mix(tmp_path, shared):
     tokenizer_file = shared / "data/tokenizer/llama-32k.model"
     alpaca, llava = shared / "data/alpaca/alpaca_en_demo.json", shared / "data/llava_pretrain"
     config = small_config(prompt_format="single-turn", vocab_size=32000)
-    files = [alpaca], [llava / "blip_laion_cc_sbu_120.json"], llava / "images"
-    report = prepare_instruct(*files, tokenizer_file, tmp_path / "shards", config)
+    source = Instruct((alpaca,), (llava / "blip_laion_cc_sbu_120.json",), llava / "images")
+    report = pipeline.prepare(source, tokenizer_file, tmp_path / "shards", config)
     split = report.manifest.splits["train"]
     assert (split.records, split.images, report.manifest.images.rows) == (999 + 120, 120, 120)
     found = texts(report, tokenizer_file)["blip_laion_cc_sbu_120-0"]

@@ -17,7 +17,8 @@ from data_helpers import record, same_files, small_config, write_scienceqa
 
 from lavin_ds.data.schema import load_manifest
 from lavin_ds.data_prep import pipeline
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 
 FILE = 2  # records and images a file, so that a small job has many tasks
@@ -51,7 +52,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def uninterrupted(tmp_path, data, tokenizer_file) -> Path:
-    return prepare_scienceqa(data, tokenizer_file, tmp_path / "whole", small_config(), on_error="skip").out
+    return prepare(ScienceQA(data), tokenizer_file, tmp_path / "whole", small_config(), on_error="skip").out
 
 
 class Command:
@@ -93,7 +94,7 @@ def command(tmp_path, data, tokenizer_file):
 
 def test_the_number_of_workers_does_not_change_a_byte(tmp_path, data, tokenizer_file, uninterrupted):
     out = tmp_path / "three"
-    report = prepare_scienceqa(data, tokenizer_file, out, small_config(), on_error="skip", workers=3)
+    report = prepare(ScienceQA(data), tokenizer_file, out, small_config(), on_error="skip", workers=3)
     assert same_files(out, uninterrupted)
     assert len(report.manifest.splits["train"].files) == 20
     assert report.manifest.splits["train"].rejected == 1
@@ -136,9 +137,9 @@ def test_a_worker_that_is_killed_is_reported_and_its_work_done_again(tmp_path, d
                 worker.kill()
 
     with pytest.raises(UserError, match="ended by SIGKILL at images.*memory ran out.*fewer --workers"):
-        prepare_scienceqa(data, tokenizer_file, out, config, on_error="skip", workers=2, on_progress=kill_one)
+        prepare(ScienceQA(data), tokenizer_file, out, config, on_error="skip", workers=2, on_progress=kill_one)
     assert workers() == []
-    report = prepare_scienceqa(data, tokenizer_file, out, config, on_error="skip")
+    report = prepare(ScienceQA(data), tokenizer_file, out, config, on_error="skip")
     assert report.resumed and same_files(out, uninterrupted)
 
 
@@ -148,7 +149,7 @@ def interrupt(data, tokenizer_file, out):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_scienceqa(data, tokenizer_file, out, small_config(), on_error="skip", on_progress=stop)
+        prepare(ScienceQA(data), tokenizer_file, out, small_config(), on_error="skip", on_progress=stop)
 
 
 def test_an_unfinished_job_of_other_settings_is_refused_unless_restarted(tmp_path, data, tokenizer_file):
@@ -156,8 +157,8 @@ def test_an_unfinished_job_of_other_settings_is_refused_unless_restarted(tmp_pat
     interrupt(data, tokenizer_file, out)
     other = small_config(max_length=300)
     with pytest.raises(UserError, match=r"unfinished job.*max_length: 512 there, 300 here.*--restart"):
-        prepare_scienceqa(data, tokenizer_file, out, other, on_error="skip")
-    report = prepare_scienceqa(data, tokenizer_file, out, other, on_error="skip", restart=True)
+        prepare(ScienceQA(data), tokenizer_file, out, other, on_error="skip")
+    report = prepare(ScienceQA(data), tokenizer_file, out, other, on_error="skip", restart=True)
     assert report.resumed == 0 and load_manifest(out).prompt.max_length == 300
 
 
@@ -169,7 +170,7 @@ def test_a_half_written_progress_file_and_a_missing_shard_are_done_again(tmp_pat
     progress.write_bytes(progress.read_bytes()[:-7])
     (part / "shards" / "images-00001.arrow").unlink()
     (part / "shards" / ".train-00000.arrow.part").write_bytes(b"half")
-    prepare_scienceqa(data, tokenizer_file, out, small_config(), on_error="skip")
+    prepare(ScienceQA(data), tokenizer_file, out, small_config(), on_error="skip")
     assert same_files(out, uninterrupted)
 
 
@@ -180,18 +181,17 @@ def test_an_image_that_changed_meanwhile_is_named(tmp_path, data, tokenizer_file
         if stage == "images" and not done:
             shutil.copy(folder / "images/train/2/image.png", folder / "images/train/1/image.png")
 
+    source, out, config = ScienceQA(folder), tmp_path / "shards", small_config()
     with pytest.raises(UserError, match="images/train/1/image.png was changed while the job ran.*--restart"):
-        prepare_scienceqa(
-            folder, tokenizer_file, tmp_path / "shards", small_config(), on_error="skip", on_progress=change
-        )
+        prepare(source, tokenizer_file, out, config, on_error="skip", on_progress=change)
 
 
 def test_two_jobs_do_not_write_the_same_shards(tmp_path, data, tokenizer_file):
     def again(stage, done, total):
-        prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", small_config())
+        prepare(ScienceQA(data), tokenizer_file, tmp_path / "shards", small_config())
 
     with pytest.raises(UserError, match="Another job is preparing"):
-        prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", small_config(), on_progress=again)
+        prepare(ScienceQA(data), tokenizer_file, tmp_path / "shards", small_config(), on_progress=again)
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_the_job_goes_on_later(command, uninterrupted):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from lavin_ds.cli import prep
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep import pipeline
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 
 
@@ -20,10 +21,10 @@ def problems(**changes) -> dict[str, dict]:
     return good
 
 
-def prepare(tmp_path, tokenizer_file, data=None, **options):
+def prepare(tmp_path, tokenizer_file, data=None, splits="", **options):
     config = options.pop("config", small_config())
     data = data or write_scienceqa(tmp_path / "data", problems())
-    return prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", config, **options)
+    return pipeline.prepare(ScienceQA(data, splits), tokenizer_file, tmp_path / "shards", config, **options)
 
 
 def test_shards_stand_alone_and_say_what_they_are(tmp_path, tokenizer_file):
@@ -41,7 +42,7 @@ def test_shards_stand_alone_and_say_what_they_are(tmp_path, tokenizer_file):
 def test_the_same_data_gives_the_same_bytes(tmp_path, tokenizer_file):
     data = write_scienceqa(tmp_path / "data", problems())
     for name in "ab":
-        prepare_scienceqa(data, tokenizer_file, tmp_path / name, small_config())
+        pipeline.prepare(ScienceQA(data), tokenizer_file, tmp_path / name, small_config())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -51,10 +52,10 @@ def test_splits_are_those_of_the_standard_ones_that_exist_or_those_asked_for(tmp
     data = write_scienceqa(tmp_path / "data", problems(), splits)
     report = prepare(tmp_path, tokenizer_file, data)
     assert list(report.manifest.splits) == ["train", "val"]
-    report = prepare(tmp_path, tokenizer_file, data, splits=["minival"], overwrite=True)
+    report = prepare(tmp_path, tokenizer_file, data, splits="minival", overwrite=True)
     assert ShardReader(report.out, "minival").row(0).id == "11"
     with pytest.raises(UserError, match="no split 'nope'.*train, val, minival"):
-        prepare(tmp_path, tokenizer_file, data, splits=["nope"], overwrite=True)
+        prepare(tmp_path, tokenizer_file, data, splits="nope", overwrite=True)
 
 
 def test_captions_are_read_where_the_recipe_wants_them(tmp_path, tokenizer_file):
@@ -236,7 +237,7 @@ def test_samples_too_long_to_train_on_are_counted_and_written_down(tmp_path, tok
     report = prepare(tmp_path, tokenizer_file, data)
     lengths = report.manifest.splits["train"].lengths
     assert (lengths.whole, lengths.evaluation_only) == (1, 1)
-    assert "kept for evaluation" in (report.out / "rejects.jsonl").read_text()
+    assert "; its prompt is kept" in (report.out / "rejects.jsonl").read_text()
 
 
 def test_a_tokenizer_that_the_base_has_no_rows_for_is_refused(tmp_path, tokenizer_file):

@@ -1,8 +1,7 @@
 import pytest
 from data_helpers import golden
 
-from lavin_ds.data.prompts import FORMATS, Question, build_prompt, build_response, check_format, context_of
-from lavin_ds.errors import UserError
+from lavin_ds.data.prompts import SCIENCEQA_FORMATS, Question, build_prompt, build_response, context_of
 
 QUESTION = Question(
     question="Which  one?",
@@ -56,7 +55,7 @@ def test_al_and_ae_are_swapped_in_compat_alone():
 
 def test_nothing_to_explain_leaves_no_because():
     bare = Question("Is it?", ("no", "yes"), 1, lecture=" \n")
-    for format in FORMATS:
+    for format in SCIENCEQA_FORMATS:
         text = build_prompt(bare, format, "") + build_response(bare, format)
         assert text.endswith("Response: The answer is B.") and "BECAUSE" not in text
 
@@ -72,9 +71,3 @@ def test_caption_follows_the_hint():
     assert context_of(QUESTION, "A  rose.") == "A map.\n\nTwo states. A rose."
     assert context_of(Question("q", ("a", "b"), 0), "A rose.") == "A rose."
     assert context_of(Question("q", ("a", "b"), 0), None) == ""
-
-
-@pytest.mark.parametrize("format", ["QCM", "QCM-", "qcm-ale", "QCM-ALE-A", ""])
-def test_an_unknown_format_is_refused_with_the_known_ones(format):
-    with pytest.raises(UserError, match="QCLEM.*ELA"):
-        check_format(format)

@@ -10,7 +10,8 @@ from lavin_ds.data import shards
 from lavin_ds.data.layout import lay_out
 from lavin_ds.data.schema import ROW_SCHEMA, check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader, write_shard
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 
 
@@ -39,7 +40,7 @@ def prepared(tmp_path, tokenizer_file):
     problems = {str(i): record(image="image.png" if i % 2 else None, hint="map " * i) for i in range(10)}
     data = write_scienceqa(tmp_path / "data", problems)
     (data / "images/train/3/image.png").write_bytes((data / "images/train/1/image.png").read_bytes())
-    prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", small_config())
+    prepare(ScienceQA(data), tokenizer_file, tmp_path / "shards", small_config())
     return tmp_path / "shards"
 
 
@@ -108,7 +109,7 @@ def test_reader_pickles_by_path(prepared):
 def test_rows_without_labels_are_not_trainable(tmp_path, tokenizer_file):
     problems = {"a": record(), "b": record(lecture="directions " * 300)}
     data = write_scienceqa(tmp_path / "data", problems)
-    prepare_scienceqa(data, tokenizer_file, tmp_path / "shards", small_config())
+    prepare(ScienceQA(data), tokenizer_file, tmp_path / "shards", small_config())
     reader = ShardReader(tmp_path / "shards", "train")
     assert len(reader) == 2 and reader.trainable.tolist() == [0]
     assert len(reader.row(1).prompt_ids) == reader.prompt_lengths(2)[1] - len(reader.frame.head(False, 2))

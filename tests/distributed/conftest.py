@@ -14,8 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.launching.deepspeed_command import launch_command
 from lavin_ds.machine import free_port
@@ -108,5 +109,5 @@ def workplace(tmp_path_factory) -> Workplace:
     config = load_recipe(str(recipe))
     write_random_base(config.model, folder)
     generate(folder / "source", seed=0, train=GLOBAL_BATCH * STEPS, val=14, test=0)
-    prepare_scienceqa(folder / "source", TOKENIZER, folder / "shards", config, splits=["train", "val"])
+    prepare(ScienceQA(folder / "source", splits="train,val"), TOKENIZER, folder / "shards", config)
     return Workplace(folder, recipe)

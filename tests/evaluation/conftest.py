@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.schema import manifest_sha256
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep import sample
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.run import Inputs, RunRecord
@@ -92,7 +94,7 @@ def pipeline(tmp_path_factory) -> Pipeline:
         clip=write_clip(folder / "clip.safetensors"),
         data=folder / "shards",
     )
-    prepare_scienceqa(folder / "source", tokenizer.path, pipeline.data, pipeline.seeing_config, ["test"])
+    prepare(ScienceQA(folder / "source", splits="test"), tokenizer.path, pipeline.data, pipeline.seeing_config)
     return pipeline
 
 
@@ -138,6 +140,7 @@ def write_base(folder: Path, tokenizer: Tokenizer, response: str, ends: bool) ->
     for token, following in zip(chain, chain[1:], strict=False):
         state["output.weight"][following, token] = 1.0
     folder.mkdir()
+    shutil.copy(tokenizer.path, folder)
     torch.save(state, folder / "consolidated.00.pth")
     shape = {"dim": VOCABULARY, "n_layers": 1, "n_heads": 2, "vocab_size": VOCABULARY, "norm_eps": 1e-6}
     (folder / "params.json").write_text(json.dumps(shape))

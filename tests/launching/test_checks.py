@@ -20,7 +20,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.launching.deepspeed_command import hostfile_ranks
 from lavin_ds.launching.resources import disk_check, loading_check
 from lavin_ds.launching.resume import FREE_ON_RESUME
-from lavin_ds.profiling.params import count_parameters
+from lavin_ds.models.counting import count_parameters
 from lavin_ds.run import check_free, hold
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
 

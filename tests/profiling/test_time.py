@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from lavin_ds.config import load_recipe
+from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.scienceqa import ScienceQA
+from lavin_ds.devices import DEVICES, parse_bytes
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.devices import DEVICES, device_named, parse_bytes
+from lavin_ds.models.counting import count_parameters
+from lavin_ds.profiling.calibrate import device_named
 from lavin_ds.profiling.layers import from_few_layers, peak_components
 from lavin_ds.profiling.memory import Workload, simulate
-from lavin_ds.profiling.params import count_parameters
 from lavin_ds.profiling.time import TrainingSet, estimate, from_shards, micro_step, pace, scienceqa
 
 DEVICE = DEVICES["a100-80g"]
@@ -47,7 +49,7 @@ def test_shards_give_their_own_lengths(tmp_path):
     generate(tmp_path / "data", train=40, val=1, test=1)
     tokenizer = Path(str(files("lavin_ds").joinpath("assets/tiny/llama/tokenizer.model")))
     config = load_recipe("tiny")
-    prepare_scienceqa(tmp_path / "data", tokenizer, tmp_path / "shards", config, ["train"])
+    prepare(ScienceQA(tmp_path / "data", splits="train"), tokenizer, tmp_path / "shards", config)
     training_set = from_shards(tmp_path / "shards", config.model.visual_tokens)
     assert len(training_set.lengths) == 40
     assert 0 < training_set.image_fraction < 1

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from lavin_ds.cli import prep_inspect
 from lavin_ds.cli.main import app
-from lavin_ds.data_prep.inspect import inspect, view
-from lavin_ds.data_prep.scienceqa import prepare_scienceqa
+from lavin_ds.data_prep.pipeline import prepare
+from lavin_ds.data_prep.scienceqa import ScienceQA
+from lavin_ds.data_prep.shard_report import make_report, view
 from lavin_ds.errors import UserError
 
 
@@ -20,12 +21,12 @@ def shards(tmp_path_factory, tokenizer_file):
     problems = {f"q{i}": record(image="image.png" if i % 3 == 0 else None, hint="north " * i) for i in range(9)}
     problems["bad"] = record(answer=7)
     data = write_scienceqa(folder / "source", problems)
-    prepare_scienceqa(data, tokenizer_file, folder / "shards", small_config(), on_error="skip")
+    prepare(ScienceQA(data), tokenizer_file, folder / "shards", small_config(), on_error="skip")
     return folder / "shards"
 
 
 def test_counts_are_those_of_the_rows(shards):
-    report = inspect(shards, global_batch=4, micro_batch=2)
+    report = make_report(shards, global_batch=4, micro_batch=2)
     train = report.splits["train"]
     assert (train.rows, train.rows_text, train.rows_image, train.trainable) == (9, 6, 3, 9)
     assert sum(train.histogram_text) == 6 and sum(train.histogram_image) == 3
@@ -41,7 +42,7 @@ def test_counts_are_those_of_the_rows(shards):
 
 
 def test_the_last_bin_has_the_longest_sample(shards):
-    report = inspect(shards)
+    report = make_report(shards)
     train = report.splits["train"]
     rows = np.add(train.histogram_text, train.histogram_image)
     last = np.flatnonzero(rows)[-1]
@@ -51,8 +52,8 @@ def test_the_last_bin_has_the_longest_sample(shards):
 def test_prep_and_inspect_count_alike(tmp_path, tokenizer_file):
     words = {f"q{i}": record(hint="north " * i) for i in range(4)}
     source = write_scienceqa(tmp_path / "source", words)
-    made = prepare_scienceqa(source, tokenizer_file, tmp_path / "shards", small_config())
-    train = inspect(tmp_path / "shards").splits["train"]
+    made = prepare(ScienceQA(source), tokenizer_file, tmp_path / "shards", small_config())
+    train = make_report(tmp_path / "shards").splits["train"]
     assert (made.median_positions["train"], made.max_positions["train"]) == (train.median, train.longest)
     assert train.median == sorted(len(view(tmp_path / "shards", "train", f"q{i}").tokens) for i in range(4))[1]
 

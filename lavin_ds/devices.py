@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from lavin_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from lavin_ds.profiling.calibrate import Rates
-    from lavin_ds.profiling.memory import Simulation
 
 GPUS_OF_A_NODE = 8  # at most, as these devices are sold
 GB = 1e9  # bytes; as data sheets and file sizes have it
@@ -18,6 +13,20 @@ GB = 1e9  # bytes; as data sheets and file sizes have it
 # CUDA context, cuBLAS workspaces, fragmentation: what the published 33.9G and 55.9G exceed the simulated tensors of
 # the authors' own step by (1.4 and 1.7 GB), as one figure for every model and card. Not measured here: no GPU.
 OVERHEAD = 1.5e9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds for one unit of each; 0 for what no measured step had."""
+
+    flop: float  # of a matrix product or attention in fp32
+    half_flop: float  # in bf16 or fp16
+    byte: float  # read or written by an operator without a product
+    operator: float  # started, whatever its size
+    exchanged_byte: float  # in a collective
+
+    def as_dict(self) -> dict:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,6 @@ class Device:
         """Data sheets' rates are for bf16; measured ones for any base."""
         return self.rates is not None or frozen_dtype != "fp32"
 
-    def seconds(self, simulation: Simulation) -> float:
-        """Of a simulated step without communication, at the measured rates or else at the peak ones (a roofline)."""
-        if self.rates:
-            return self.rates.seconds([o for o in simulation.operations if not o.exchanged])
-        rate, bandwidth = self.tflops * 1e12, self.bandwidth * GB
-        return sum(max(o.flops / rate, o.bytes / bandwidth) for o in simulation.operations)
-
 
 DEVICES = {
     device.name: device
@@ -60,24 +62,6 @@ DEVICES = {
         Device("rtx-4090", 165.2, 1008, 24, 450, 32, "NVIDIA Ada white paper, appendix A; PCIe 4.0 x16"),
     )
 }
-
-
-HERE = "here"
-
-
-def device_named(name: str, gpus: int = 1) -> Device:
-    """A device by its name; "here" is this machine's CPU, measured now (half a minute), shared by `gpus` ranks.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name == HERE:
-        from lavin_ds.profiling.calibrate import this_cpu
-
-        return this_cpu(gpus)
-    if name not in DEVICES:
-        raise UserError(f"No device '{name}': give one of {', '.join(DEVICES)}, or {HERE} for this CPU.")
-    return DEVICES[name]
 
 
 def device_given(tflops: float, bandwidth: float, memory: float) -> Device:

@@ -119,7 +119,9 @@ class SampleView:
                 start = i
 
 
-def inspect(directory: Path, visual_tokens: int | None = None, global_batch: int = 32, micro_batch: int = 4) -> Report:
+def make_report(
+    directory: Path, visual_tokens: int | None = None, global_batch: int = 32, micro_batch: int = 4
+) -> Report:
     """Reads all splits. visual_tokens: of the run that will read the shards; None: what they were prepared for.
 
     Raises:

@@ -1,0 +1,26 @@
+"""The kinds of data that `lavin-ds prep` reads, and the prompt formats that they bring.
+
+A new kind is one file like these, and one line here.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from lavin_ds.data_prep.captions import Captions
+from lavin_ds.data_prep.instruct import Instruct
+from lavin_ds.data_prep.records import Source, in_words
+from lavin_ds.data_prep.scienceqa import ScienceQA
+
+SOURCES: dict[str, type[Source]] = {source.kind: source for source in (ScienceQA, Instruct, Captions)}
+
+
+def check_prompt_format(format: str) -> None:
+    """Raises ValueError, with the formats that are known, unless a kind of data has the format."""
+    known = {name: None for source in SOURCES.values() for name in source.formats}
+    if format in known:
+        return
+    near = get_close_matches(format, known, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    listed = "; ".join(f"{kind} has {in_words(source.formats)}" for kind, source in SOURCES.items())
+    raise ValueError(f"'{format}' is not a known prompt format.{meant} {listed}")
