@@ -64,18 +64,25 @@ class _Held:
 class Engine:
     """Answers requests with `model`, in `slots` slots of `capacity` tokens each.
 
-    capacity counts BOS, prefix, visual tokens, prompt and answer. The KV cache is made here, once, and takes
-    `KVCache.bytes_needed` bytes.
+    capacity counts BOS, prefix, visual tokens, prompt and answer. `frame` is by default that of the tokenizer. The
+    KV cache is made here, once, and takes `KVCache.bytes_needed` bytes. Dropout is switched off.
 
     Raises:
         UserError: the device has no memory for the cache; or more than one slot with compat weights, whose answers
             depend on what else is in the batch.
     """
 
-    def __init__(self, model: Lavin, tokenizer: Tokenizer, slots: int = 32, capacity: int = 2048):
+    def __init__(
+        self,
+        model: Lavin,
+        tokenizer: Tokenizer,
+        slots: int = 32,
+        capacity: int = 2048,
+        frame: Frame | None = None,
+    ):
         if model.compat and slots != 1:
             raise UserError("compat: lavin-official answers one request at a time: use 1 slot.")
-        self.model, self.tokenizer, self.frame = model.eval(), tokenizer, Frame.of(tokenizer)
+        self.model, self.tokenizer, self.frame = model.eval(), tokenizer, frame or Frame.of(tokenizer)
         self.weight = model.llm.norm.weight
         try:
             self.cache = KVCache(model.llm.config, slots, capacity, self.weight.dtype, self.weight.device)

@@ -17,7 +17,8 @@ class AnswerText:
 
     def whole(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of a finished answer, cut before the first stop string; and whether there was one."""
-        text = self.tokenizer.decode(ids)
+        # A base's vocabulary may be padded beyond its tokenizer's: such ids have no text.
+        text = self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
         ends = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 

@@ -104,10 +104,10 @@ class Lavin(nn.Module):
             return self.vision(everyone)[has_image_B]
         return self.vision(images)[batch.image_B[has_image_B]]
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
-        return self._through_llm(x_BTD, modality_B, packed=batch.packed)
+        return self._through_llm(x_BTD, modality_B, positions=positions, packed=batch.packed)
 
     def _through_llm(self, x_BTD, modality_B, **how):
         modality_MD = self.modality() if self.modality is not None else None
