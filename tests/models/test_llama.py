@@ -3,6 +3,7 @@ import torch
 import transformers
 
 from lavin_ds.config import LlamaConfig, RopeScaling
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import KVCache, Llama
 from lavin_ds.profiling.skeleton import OnMeta
 from lavin_ds.weights.llama import llama_shapes, load_llama
@@ -143,6 +144,6 @@ def test_the_published_shapes_have_as_many_parameters_as_published(name):
     dim, n_layers, n_heads, ffn_dim, rest, published = SHAPES[name]
     config = LlamaConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=ffn_dim, **rest)
     with OnMeta():
-        model = Llama(config, dtype=torch.bfloat16)
+        model = Llama(config, storage=STORAGES["bf16"])
     assert sum(p.numel() for p in model.parameters()) == published
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == llama_shapes(config)
