@@ -6,7 +6,7 @@ A recipe is one flat YAML file that states everything a run depends on, except w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib.resources import files
@@ -18,11 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from lavin_ds.errors import UserError
+from lavin_ds.models.adapters import KINDS as ADAPTERS
+from lavin_ds.models.adapters import LLM_POINTS, VISION_POINTS
 
-# What each one is: models/adapters.py.
-AdapterKind = Literal[
-    "none", "mm", "rep", "bottleneck", "bottleneck_weighted", "concat", "loha", "loha_mm", "loha_silu", "lora"
-]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Checkpointing = bool | Literal["vision"] | PositiveInt
 Positive = Field(gt=0)
@@ -39,6 +37,13 @@ class RopeScaling(Section):
     low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = Field(4.0, gt=0)
     original_max_position_embeddings: int = Field(8192, gt=0)
+
+
+def _registered(name: str, known: Iterable[str]) -> str:
+    """`name`, if it is one of those known."""
+    if name not in known:
+        raise ValueError(f"there is no '{name}', only {', '.join(known)}")
+    return name
 
 
 class LlamaConfig(Section):
@@ -100,25 +105,27 @@ class VisionConfig(Section):
 
 
 class AdapterConfig(Section):
-    """One adapter design and where in every block it sits. See models/adapters.py for the equations."""
+    """One kind of adapter and where in every block it sits; models/adapters/ has the kinds and the points.
 
-    kind: AdapterKind = "none"
+    A kind reads the keys that its equation has, and its own ones from `options`.
+    """
+
+    kind: str = "none"
     dim: int = Field(8, gt=0)
     groups: int = Field(2, gt=0)
     scale: float = 1.0
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(10.0, gt=0)
-    before: tuple[Literal["attention", "ffn"], ...] = ("attention",)
+    at: tuple[str, ...] = ("attention",)
+    options: dict[str, bool | int | float | str] = {}
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.dim % self.groups:
-            raise ValueError(f"adapter dim {self.dim} must be a multiple of groups {self.groups}")
-        if not self.before or len(set(self.before)) < len(self.before):
-            raise ValueError("before must name attention, ffn or both, each once; for no adapter set kind none")
-        if self.kind == "lora" and self.before != ("attention",):
-            raise ValueError("kind lora sits in attention's own projections: before must be [attention]")
-        return self
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        return _registered(kind, ["none", *ADAPTERS])
+
+    def __hash__(self) -> int:  # pydantic's own cannot hash `options`
+        return hash(self.model_dump_json())
 
 
 class ModelConfig(Section):
@@ -136,14 +143,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _adapters_fit(self):
-        if self.vision_adapter.kind == "lora":
-            raise ValueError("vision_adapter.kind: lora is for the LLM's projections; give the ViT rep")
-        widths = {"llm_adapter": self.llm.dim} | ({"vision_adapter": self.vision.width} if self.vision else {})
-        for name, width in widths.items():
-            adapter = getattr(self, name)
-            parts = adapter.groups * (2 if adapter.kind == "concat" else 1)
-            if adapter.kind not in ("none", "loha", "lora") and width % parts:
-                raise ValueError(f"{name}: {adapter.groups} groups of kind {adapter.kind} cannot split width {width}")
+        places = [("llm_adapter", self.llm_adapter, self.llm.dim, LLM_POINTS)]
+        if self.vision:
+            places.append(("vision_adapter", self.vision_adapter, self.vision.width, VISION_POINTS))
+        wrong = [
+            f"{name}: {said}"
+            for name, adapter, width, points in places
+            if adapter.kind != "none"
+            for said in ADAPTERS[adapter.kind].problems(adapter, width, points)
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
     @property

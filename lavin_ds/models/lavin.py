@@ -14,9 +14,12 @@ from torch import nn
 from lavin_ds.config import Checkpointing, ModelConfig, recomputed_layers
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
-from lavin_ds.models.adapters import KINDS, TRAINABLE, ModalityEmbedding, VisualNeck, trainable_parameters
+from lavin_ds.models.adapters import KINDS
+from lavin_ds.models.adapters.modality import ModalityEmbedding
 from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.models.necks import VisualNeck
+from lavin_ds.models.trainable import Trainable, trainable_parameters
 from lavin_ds.models.vision import VisionTower
 
 
@@ -45,20 +48,20 @@ class Lavin(nn.Module):
             self.vision = VisionTower(vision, config.vision_adapter, storage, recompute_vision, compat)
         if vision:
             self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
-        if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].routed:
+        if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].load().routed:
             self.modality = ModalityEmbedding(llm.dim)
         trainable = set(map(id, self.trainable().values()))
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name: those that an adapter, the neck or E_m owns, and no other."""
+        """The parameters that learn, by name: adapters, neck and E_m."""
         return trainable_parameters(self)
 
     def reset_trainable(self, seed: int) -> None:
         """Initialises every trainable module from (seed, its name), so that no order of building matters."""
         for owner, module in self.named_modules():
-            if isinstance(module, TRAINABLE):
+            if isinstance(module, Trainable):
                 # One checksum of both: torch's CPU generator looks at the low 32 bits of its seed alone.
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {owner}".encode()))
                 with torch.no_grad():

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
-from lavin_ds.models.adapters import build_adapters
+from lavin_ds.models.adapters.base import build_adapters
 from lavin_ds.models.lean import rms_norm, swiglu
 from lavin_ds.models.linear import STORAGES, FrozenColumnLinear, FrozenRowLinear, Storage, leave_uninitialised
 from lavin_ds.parallel import tensor_parallel_size
@@ -149,11 +149,12 @@ class Attention(nn.Module):
         self.wo = FrozenRowLinear(config.n_heads * config.head_dim, config.dim, storage)
 
     def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0, added=None):
-        """`added`: what a LoRA adds to all query and all value features; this rank takes those of its own heads."""
-        q, k, v = self.wq(x_ND), self.wk(x_ND), self.wv(x_ND)
-        if added is not None:
-            q, v = q + scatter_to_model_parallel_region(added[0]), v + scatter_to_model_parallel_region(added[1])
-        q_NHK, k_NGK, v_NGK = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
+        """`added`: by name of a projection (q, k, v), what an adapter adds to all of its output features; this rank
+        takes those of its own heads."""
+        projected = {"q": self.wq(x_ND), "k": self.wk(x_ND), "v": self.wv(x_ND)}
+        for name, rows_NO in (added or {}).items():
+            projected[name] = projected[name] + scatter_to_model_parallel_region(rows_NO)
+        q_NHK, k_NGK, v_NGK = (output.unflatten(-1, (-1, self.head_dim)) for output in projected.values())
         M, shape = rows.modalities, (rows.batch, rows.length)
         # Split, not sliced: the backward pass of a slice fills a tensor with zeros first.
         _, q_BTHK = _split(q_NHK, M, shape)
@@ -200,7 +201,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x += Attention(A(norm x)); x += FFN(A'(norm x)), with A and A' adapters or nothing."""
+    """x += Attention(norm x); x += FFN(norm x), with adapters at the attachment points of models/adapters."""
 
     def __init__(self, config: LlamaConfig, adapter: AdapterConfig, storage: Storage):
         super().__init__()
@@ -209,19 +210,25 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         with default_dtype(torch.float32):
-            self.adapters = build_adapters(config.dim, adapter, value_width=config.kv_heads * config.head_dim)
+            values = config.kv_heads * config.head_dim
+            self.adapters = build_adapters(config.dim, adapter, {"q": config.dim, "k": values, "v": values})
 
-    def adapt(self, place: str, z_ND, rows: Rows):
-        if place not in self.adapters:
+    def adapt(self, point: str, z_ND, rows: Rows):
+        """What the adapter at `point` makes of the rows; the rows themselves where there is none."""
+        if point not in self.adapters:
             return z_ND
-        return self.adapters[place](z_ND, z_ND[: rows.modalities], rows.owner_N)
+        return self.adapters[point](z_ND, z_ND[: rows.modalities], rows.owner_N)
 
     def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0):
         z_ND = self.adapt("attention", self.attention_norm(x_ND), rows)
         added = self.adapters["projections"](z_ND) if "projections" in self.adapters else None
-        x_ND = x_ND + self.attention(z_ND, rows, turns, cache, layer, added)
+        attended_ND = self.attention(z_ND, rows, turns, cache, layer, added)
+        x_ND = x_ND + self.adapt("after_attention", attended_ND, rows)
         z_ND = self.adapt("ffn", self.ffn_norm(x_ND), rows)
-        return x_ND + self.feed_forward(z_ND)
+        y_ND = self.adapt("after_ffn", self.feed_forward(z_ND), rows)
+        if "beside_ffn" in self.adapters:
+            y_ND = y_ND + self.adapt("beside_ffn", z_ND, rows)
+        return x_ND + y_ND
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
-from lavin_ds.models.adapters import build_adapters
+from lavin_ds.models.adapters.base import build_adapters
 from lavin_ds.models.lean import QuickGELU
 from lavin_ds.models.linear import STORAGES, FrozenLinear, Storage
 from lavin_ds.models.llama import default_dtype

@@ -9,7 +9,9 @@ H heads, K head width, S tokens of an image, R adapter rank, E = 2 paths, V voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from lavin_ds.config import Checkpointing, ModelConfig
 from lavin_ds.data.collate import PADDING, Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import MMAdapter
+from lavin_ds.models.adapters.mm import MMAdapter
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
 from lavin_ds.models.vision import VisionAttention, VisionBlock
@@ -47,6 +49,11 @@ class PublishedOptions:
 
 
 SAVINGS = tuple(field.name for field in fields(PublishedOptions))
+
+
+def published_model(options: PublishedOptions) -> Callable[..., PublishedLavin]:
+    """What `simulate` builds the authors' model with. Their step does not pack: set training.packing to false."""
+    return partial(PublishedLavin, options=options)
 
 
 class PublishedLavin(Lavin):

@@ -140,8 +140,8 @@ def official_bytes(tensors: Mapping[str, torch.Tensor], config: RunConfig) -> by
         tensor = tensor.detach().to("cpu", torch.float32).clone()
         model[f"module.{official}"] = tensor.unsqueeze(-1) if is_convolution(official) else tensor
     arguments = argparse.Namespace(
-        adapter_type="block" if "ffn" in llm.before else "attn",
-        visual_adapter_type="router_block" if "ffn" in vision.before else plain,
+        adapter_type="block" if "ffn" in llm.at else "attn",
+        visual_adapter_type="router_block" if "ffn" in vision.at else plain,
         adapter_dim=llm.dim,
         adapter_scale=llm.scale,
         temperature=llm.temperature,

@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 
 def _variant(llm: str, vision: str) -> ModelConfig:
     adapters = {
-        place: {"kind": kind, "dim": 4, "before": ["attention"] if kind == "lora" else ["attention", "ffn"]}
+        place: {"kind": kind, "dim": 4, "at": ["projections"] if kind == "lora" else ["attention", "ffn"]}
         for place, kind in (("llm_adapter", llm), ("vision_adapter", vision))
     }
     return ModelConfig.model_validate(CONFIG.model_dump() | adapters)

@@ -4,9 +4,15 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from lavin_ds.config import AdapterConfig, ModelConfig
-from lavin_ds.models.adapters import KINDS, BottleneckAdapter, LoRA, MMAdapter, build_adapters, loha_matrix
+from lavin_ds.models.adapters import KINDS
+from lavin_ds.models.adapters.base import build_adapters
+from lavin_ds.models.adapters.bottleneck import BottleneckAdapter
+from lavin_ds.models.adapters.loha import loha_matrix
+from lavin_ds.models.adapters.lora import LoRA
+from lavin_ds.models.adapters.mm import MMAdapter
 
 WIDTH, SCALE, TEMPERATURE = 16, 0.7, 5.0
+PROJECTIONS = {"q": 16, "k": 8, "v": 8}
 ROUTED = {"mm", "bottleneck_weighted", "concat", "loha", "loha_mm"}
 
 
@@ -85,13 +91,14 @@ EQUATIONS = {
 
 
 def settings(kind, **changes):
-    return AdapterConfig(kind=kind, **{"dim": 4, "scale": SCALE, "temperature": TEMPERATURE, **changes})
+    at = KINDS[kind].points[:1]
+    return AdapterConfig(kind=kind, at=at, **{"dim": 4, "scale": SCALE, "temperature": TEMPERATURE, **changes})
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kind", EQUATIONS)
 def test_an_adapter_and_its_gradients_are_those_of_its_equation(fill, kind, groups):
-    a = fill(KINDS[kind](WIDTH, settings(kind, groups=groups))).eval()
+    a = fill(KINDS[kind].load()(WIDTH, settings(kind, groups=groups))).eval()
     owner = torch.tensor([0, 1, 1, 0, 1, 0])
     z, token = torch.randn(6, WIDTH, requires_grad=True), torch.randn(2, WIDTH, requires_grad=True)
     inputs = [z, *a.parameters(), *([token] if kind in ROUTED else [])]
@@ -104,23 +111,23 @@ def test_an_adapter_and_its_gradients_are_those_of_its_equation(fill, kind, grou
 
 
 def test_lora_adds_its_low_rank_products_to_query_and_value(fill):
-    a = fill(LoRA(WIDTH, settings("lora"), 16, 8)).eval()
+    a = fill(LoRA(WIDTH, settings("lora"), PROJECTIONS)).eval()
     z = torch.randn(6, WIDTH)
-    q, v = a(z)
+    q, v = a(z).values()
     torch.testing.assert_close(q, SCALE * z @ (a.up_weight_q @ a.down_weight_q).t())
     torch.testing.assert_close(v, SCALE * z @ (a.up_weight_v @ a.down_weight_v).t())
     assert (q.shape, v.shape) == ((6, 16), (6, 8))
 
 
 def build(kind, **changes):
-    [adapter] = build_adapters(WIDTH, settings(kind, **changes), value_width=8).values()
+    [adapter] = build_adapters(WIDTH, settings(kind, **changes), PROJECTIONS).values()
     return adapter
 
 
 def difference(adapter, z):
     """What the adapter changes."""
     out = adapter(z) if isinstance(adapter, LoRA) else adapter(z, z[:1], torch.zeros(len(z), dtype=torch.long)) - z
-    return torch.cat([part.flatten() for part in out]) if isinstance(out, tuple) else out
+    return torch.cat([part.flatten() for part in out.values()]) if isinstance(out, dict) else out
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +146,7 @@ def test_a_new_adapter_is_the_identity_learns_at_once_and_follows_from_its_seed(
 
 
 def test_a_lohas_matrix_starts_with_the_variance_of_xaviers():
-    adapter = KINDS["loha_mm"](512, settings("loha_mm", dim=16))
+    adapter = KINDS["loha_mm"].load()(512, settings("loha_mm", dim=16))
     adapter.reset(torch.Generator().manual_seed(0))
     variance = loha_matrix(adapter, "down").var().item()
     assert variance == pytest.approx(2 / (512 + 16), rel=0.3)
@@ -172,10 +179,14 @@ def test_the_bottleneck_is_papers_equation_1_with_a_grouped_up_projection():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"vision_adapter": {"kind": "lora"}}, "lora is for the LLM's projections"),
-        ({"llm_adapter": {"kind": "lora", "before": ["attention", "ffn"]}}, "before must be"),
-        ({"llm_adapter": {"kind": "mm", "before": []}}, "for no adapter set kind none"),
-        ({"llm_adapter": {"kind": "rep", "before": ["ffn", "ffn"]}}, "each once"),
+        ({"vision_adapter": {"kind": "lora"}}, "lora sits at projections, which these blocks do not have"),
+        ({"llm_adapter": {"kind": "lora", "at": ["attention"]}}, "kind lora needs one or more of projections"),
+        ({"llm_adapter": {"kind": "mm", "at": []}}, "kind mm needs one or more of attention, ffn"),
+        ({"llm_adapter": {"kind": "mm", "at": ["beside_ffn"]}}, r"at is \[beside_ffn\]: kind mm needs"),
+        ({"llm_adapter": {"kind": "rep", "at": ["ffn", "ffn"]}}, "each once"),
+        ({"llm_adapter": {"kind": "mmm"}}, "there is no 'mmm', only none, mm, "),
+        ({"llm_adapter": {"kind": "rep", "options": {"slots": 3}}}, "kind rep has no options, but slots is given"),
+        ({"llm_adapter": {"kind": "rep", "dim": 9, "groups": 2}}, "dim 9 must be a multiple of groups 2"),
         (
             {"llm_adapter": {"kind": "concat", "dim": 32, "groups": 32}},
             "32 groups of kind concat cannot split width 32",

@@ -7,9 +7,10 @@ from model_helpers import VARIANTS
 from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import KINDS, frozen_parameters
+from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.profiling.skeleton import build_on_meta
+from lavin_ds.models.meta import build_on_meta
+from lavin_ds.models.trainable import frozen_parameters
 
 MM = [
     "down_weight",
@@ -153,7 +154,7 @@ def test_every_kind_of_adapter_learns_in_every_place_whatever_is_in_the_batch(va
     # The last layer's router alone may have a gradient too small to see; no matrix may have none.
     dead = [name for name, p in variant.trainable().items() if not p.grad.any()]
     assert dead == [] and all(p.grad is None for p in frozen_parameters(variant).values())
-    assert (variant.modality is not None) == KINDS[variant.config.llm_adapter.kind].routed
+    assert (variant.modality is not None) == KINDS[variant.config.llm_adapter.kind].load().routed
 
 
 @torch.no_grad()

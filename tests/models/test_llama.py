@@ -5,7 +5,7 @@ import transformers
 from lavin_ds.config import LlamaConfig, RopeScaling
 from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import KVCache, Llama
-from lavin_ds.profiling.skeleton import OnMeta
+from lavin_ds.models.meta import OnMeta
 from lavin_ds.weights.llama import llama_shapes, load_llama
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

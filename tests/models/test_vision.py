@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, normalise
-from lavin_ds.models.adapters import trainable_parameters
+from lavin_ds.models.trainable import trainable_parameters
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.profiling.tracker import Tracker
 from lavin_ds.weights.clip import load_clip
@@ -23,7 +23,7 @@ def test_cls_tokens_are_those_of_open_clip_with_adapters_at_their_start(tmp_path
     ).eval()
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
     config = VisionConfig(**SHAPE, heads=2, quick_gelu=quick_gelu)
-    tower = VisionTower(config, AdapterConfig(kind="mm", before=("attention", "ffn"))).eval()
+    tower = VisionTower(config, AdapterConfig(kind="mm", at=("attention", "ffn"))).eval()
     for block in tower.blocks:
         for adapter in block.adapters.values():
             adapter.reset(torch.Generator().manual_seed(0))

@@ -42,7 +42,8 @@ def test_an_adapter_file_fills_another_model_and_says_what_it_belongs_to(saved):
 def test_adapters_of_every_kind_go_through_a_file(tmp_path, files, kind):
     vision = "rep" if kind == "lora" else kind
     raw = CONFIG.model_dump()
-    raw["model"] |= {"llm_adapter": {"kind": kind, "dim": 4}, "vision_adapter": {"kind": vision, "dim": 4}}
+    adapter = {"kind": kind, "dim": 4, "at": KINDS[kind].points[:1]}
+    raw["model"] |= {"llm_adapter": adapter, "vision_adapter": {"kind": vision, "dim": 4}}
     config = RunConfig.model_validate(raw)
     source, other = filled(config=config), filled(seed=1, config=config)
     _, llama, clip = files

@@ -10,8 +10,8 @@ from weights_helpers import CONFIG, filled, write_clip
 
 from lavin_ds.config import load_recipe
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import trainable_parameters
 from lavin_ds.models.lavin import Lavin
+from lavin_ds.models.trainable import trainable_parameters
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.weights.clip import _open_clip_parts, check_clip, load_clip
 from lavin_ds.weights.torchscript import TorchScriptFile

@@ -8,9 +8,9 @@ from weights_helpers import CONFIG, filled, frozen_llama, write_huggingface, wri
 
 from lavin_ds.config import RopeScaling, load_recipe
 from lavin_ds.errors import UserError
-from lavin_ds.models.adapters import trainable_parameters
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.llama import Llama
+from lavin_ds.models.trainable import trainable_parameters
 from lavin_ds.weights import llama as reading
 from lavin_ds.weights.llama import check_llama, llama_shapes, load_llama
 

@@ -7,6 +7,7 @@ from weights_helpers import CONFIG, export, filled, same_trainables
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, RunConfig, VisionConfig
 from lavin_ds.errors import UserError
+from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.weights.official import import_official, official_bytes, official_name
 
@@ -88,7 +89,7 @@ def changed(**adapters):
 
 
 def test_adapters_before_the_feed_forward_go_out_as_adapter_mlp_and_come_back(tmp_path):
-    both = {"kind": "mm", "dim": 4, "temperature": 5.0, "before": ["attention", "ffn"]}
+    both = {"kind": "mm", "dim": 4, "temperature": 5.0, "at": ["attention", "ffn"]}
     config = changed(llm_adapter=both, vision_adapter=both)
     source, model = filled(config=config), filled(seed=1, config=config)
     file = tmp_path / "checkpoint-0.pth"
@@ -105,7 +106,7 @@ def test_adapters_before_the_feed_forward_go_out_as_adapter_mlp_and_come_back(tm
 
 @pytest.mark.parametrize("kind", ["concat", "bottleneck_weighted", "loha", "loha_mm", "loha_silu", "lora"])
 def test_what_the_authors_layout_has_no_place_for_is_refused(kind, tmp_path):
-    config = changed(llm_adapter={"kind": kind, "dim": 4})
+    config = changed(llm_adapter={"kind": kind, "dim": 4, "at": KINDS[kind].points[:1]})
     with pytest.raises(UserError, match=f"no place for adapters of kind {kind}"):
         official_bytes(Lavin(config.model).trainable(), config)
     with pytest.raises(UserError, match=f"no place for adapters of kind {kind}"):

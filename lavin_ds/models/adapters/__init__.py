@@ -1,0 +1,136 @@
+"""Adapters: the small modules that learn inside the frozen blocks. One file a family.
+
+    kind                 class                what it is                                      source
+    mm                   mm.py                two routed paths from one down-projection       paper 1, eq. 1-3
+    concat               mm.py                two routed paths side by side                   paper 3, Table 3, rows 5-6
+    rep                  bottleneck.py        one path                                        paper 1, section 3.1
+    bottleneck           bottleneck.py        one path                                        paper 3, eq. 1-2
+    bottleneck_weighted  bottleneck.py        two whole bottlenecks, routed                   paper 3, Table 3, row 11
+    loha                 loha.py              two routed [D, D] matrices, each a LoHa         paper 3, Table 3, row 7
+    loha_mm              loha.py              `mm` with a LoHa in place of each projection    paper 3, Table 3, row 8
+    loha_silu            loha.py              one path of LoHas with a SiLU between           paper 3, Table 3, row 9
+    lora                 lora.py              added to the LLM's query and value projections  paper 3, Table 3, row 10
+
+Paper 1 is LaVIN, paper 3 "Enhancing Model Performance: Another Approach to Vision-Language Instruction Tuning",
+whose Table 3 gives a name and a score for each and no code: "Our reading" in a docstring is what it leaves open.
+
+Where an adapter sits is an attachment point, named in a recipe's `at`. A block calls what is attached there and does
+nothing where nothing is; the names are those of the block's `adapters` and so part of the parameters' names.
+
+    point            what the block computes there                      called as                  in
+    attention        Attention(A(norm x))                               A(z_ND, token_MD, owner_N) LLM, ViT
+    ffn              FFN(A(norm x))                                     A(z_ND, token_MD, owner_N) LLM, ViT
+    after_attention  x + A(Attention(norm x))                           A(y_ND, token_MD, owner_N) LLM
+    after_ffn        x + A(FFN(norm x))                                 A(y_ND, token_MD, owner_N) LLM
+    beside_ffn       x + FFN(z) + A(z), z = norm x, adapted at `ffn`    A(z_ND, token_MD, owner_N) LLM
+    projections      W_q z + A(z)["q"]; the same for k and v            A(z_ND)                    LLM
+
+Points that no kind needs yet, and where they would go:
+
+    W_o, W_1, W_2, W_3        llama.py, `Attention` and `FeedForward`: add there, as `Attention` adds to q, k and v
+    extra keys and values     llama.py, `Attention.forward`: they join the samples' own before the product
+    an image memory           llama.py, `Rows`: a tensor [images, P, D] of the neck, for points that read it
+    layers between layers     llama.py, `Llama.forward`: a call between blocks
+    a side network            llama.py, `Llama.forward`: reads x_ND behind every block
+    extra input rows          lavin.py, `Lavin.embed`: exists, a neck's visual tokens (models/necks.py)
+    base tensors that learn   trainable.py decides what learns: the module that holds them derives from `Trainable`
+
+A new kind is one file and one `register`. What a recipe is checked against is in `Kind`: a recipe is read without
+torch, and this file does not import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from lavin_ds.config import AdapterConfig
+    from lavin_ds.models.adapters.base import Adapter
+
+ON_INPUT = ("attention", "ffn")
+VISION_POINTS = ON_INPUT  # what the ViT's blocks have
+LLM_POINTS = (*ON_INPUT, "after_attention", "after_ffn", "beside_ffn", "projections")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where a kind of adapter is written, and what a recipe may say of it.
+
+    `check` takes the adapter's configuration and the width of the rows it acts on, and says what is wrong.
+    `options` are keys of the kind's own, given under `options` in the recipe.
+    """
+
+    adapter: str | type[Adapter]  # the class, or "family.Class" in this package: imported when a model is built
+    points: tuple[str, ...] = ON_INPUT  # where it can sit
+    check: Callable[[AdapterConfig, int], str | None] | None = None
+    options: type[BaseModel] | None = None
+
+    def load(self) -> type[Adapter]:
+        """The adapter's class."""
+        if not isinstance(self.adapter, str):
+            return self.adapter
+        family, name = self.adapter.split(".")
+        return getattr(import_module(f"{__name__}.{family}"), name)
+
+    def problems(self, config: AdapterConfig, width: int, points: tuple[str, ...]) -> list[str]:
+        """What is wrong with an adapter of this kind in blocks of `width` features that have these points."""
+        found = []
+        possible = [point for point in self.points if point in points]
+        if not possible:
+            found.append(f"kind {config.kind} sits at {' or '.join(self.points)}, which these blocks do not have")
+        elif set(config.at) - set(possible) or not config.at or len(set(config.at)) < len(config.at):
+            found.append(
+                f"at is [{', '.join(config.at)}]: kind {config.kind} needs one or more of {', '.join(possible)}, "
+                "each once"
+            )
+        said = self.check(config, width) if self.check else None
+        return found + ([said] if said else []) + self._wrong_options(config)
+
+    def _wrong_options(self, config: AdapterConfig) -> list[str]:
+        if self.options is None:
+            return [f"kind {config.kind} has no options, but {name} is given" for name in config.options]
+        try:
+            self.options.model_validate(config.options)
+        except ValidationError as error:
+            return [f"options.{'.'.join(map(str, e['loc']))} of kind {config.kind}: {e['msg']}" for e in error.errors()]
+        return []
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def register(name: str, kind: Kind) -> None:
+    """Makes `kind` known to recipes by `name`."""
+    if name in KINDS or name == "none":
+        raise ValueError(f"there is an adapter kind {name} already")
+    KINDS[name] = kind
+
+
+def groups_fit(config: AdapterConfig, width: int, halves: int = 1) -> str | None:
+    """Grouped projections split both the adapter's dim and the rows' width into `groups` equal parts."""
+    if config.dim % config.groups:
+        return f"dim {config.dim} must be a multiple of groups {config.groups}"
+    if width % (config.groups * halves):
+        return f"{config.groups} groups of kind {config.kind} cannot split width {width}"
+    return None
+
+
+def groups_fit_halves(config: AdapterConfig, width: int) -> str | None:
+    """The same where each path makes half of the width."""
+    return groups_fit(config, width, halves=2)
+
+
+register("mm", Kind("mm.MMAdapter", check=groups_fit))
+register("concat", Kind("mm.ConcatAdapter", check=groups_fit_halves))
+register("rep", Kind("bottleneck.RepAdapter", check=groups_fit))
+register("bottleneck", Kind("bottleneck.BottleneckAdapter", check=groups_fit))
+register("bottleneck_weighted", Kind("bottleneck.WeightedBottleneck", check=groups_fit))
+register("loha", Kind("loha.LohaAdapter"))
+register("loha_mm", Kind("loha.LohaMMAdapter", check=groups_fit))
+register("loha_silu", Kind("loha.LohaSiluAdapter", check=groups_fit))
+register("lora", Kind("lora.LoRA", ("projections",)))
