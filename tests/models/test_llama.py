@@ -22,8 +22,6 @@ def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
     """Hugging Face's model with random weights, and ours loaded from what it saved."""
     torch.manual_seed(0)
     rope = {"rope_parameters": {"rope_theta": rope_theta, **(scaling or {"rope_type": "default"})}}
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        rope = {"rope_theta": rope_theta, "rope_scaling": scaling}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **SHAPE,
