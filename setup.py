@@ -32,6 +32,7 @@ setup(
         "open_clip_torch>=2.30",
         "transformers>=4.45",
         "sentencepiece>=0.2",
+        "tokenizers>=0.20",
         "safetensors>=0.4.5",
         "pyarrow>=16",
         "numpy>=1.26",

@@ -83,9 +83,7 @@ def prepare(arguments: EvalArguments) -> Job:
     disagreements = check_manifest(reader.manifest, subject.config, _features_clip(subject.adapter))
     if disagreements:
         raise UserError(f"{subject.data} was not prepared for {subject.config.name}: {'; '.join(disagreements)}.")
-    tokenizer = Tokenizer(subject.data / reader.manifest.tokenizer.file)
-    if tokenizer.sha256 != reader.manifest.tokenizer.sha256:
-        raise UserError(f"{tokenizer.path} is not what {subject.data} was prepared with: copy the folder again.")
+    tokenizer = reader.tokenizer
     check_inputs(subject.config, subject.llama, subject.clip)
     questions = min(len(reader), arguments.limit or len(reader))
     out = arguments.out or _default_out(arguments, subject.config.name, questions < len(reader))
