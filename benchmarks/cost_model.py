@@ -201,7 +201,7 @@ def _workload(case: Case):
 @app.command()
 def compare(out: Out, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Simulates every measured configuration and sets it beside the measurements."""
-    from lavin_ds.profiling.calibrate import fit_rates
+    from lavin_ds.profiling.calibrate import fit_rates, seconds_at
     from lavin_ds.profiling.memory import simulate
 
     measured = {kind: json.loads((out / f"{kind}.json").read_text()) for kind in ("memory", "seconds")}
@@ -221,7 +221,7 @@ def compare(out: Out, as_json: Annotated[bool, typer.Option("--json")] = False) 
         simulation, held = simulations[case.name], measured["memory"][case.name]
         weights = simulation.components["frozen"]
         expected, real = simulation.peak_bytes, held["allocated"]
-        predicted = rates.seconds(simulation.operations)
+        predicted = seconds_at(rates, simulation.operations)
         taken = sum(measured["seconds"][case.name].values())
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""`lavin-ds eval ...`: scores of a run, an exported adapter or a bare base."""
+"""`lavin-ds eval TASK`: scores of a run, an exported adapter or a bare base."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lavin_ds.cli import console
-
-app = typer.Typer(help="Score a run, an exported adapter or a bare base.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `scienceqa` a command of its own while it is the only one."""
+from lavin_ds.evaluation.tasks import TASKS
 
 
-@app.command()
-def scienceqa(
+def evaluate(
+    task: Annotated[str, typer.Argument(metavar="TASK", help=f"Benchmark: {', '.join(TASKS)}.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to --recipe.")] = None,
     run: Annotated[Path | None, typer.Option(help="Finished run; it knows --recipe, --llama, --clip.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Shards; default: those the run was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the shards.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="The task's data; default: what the run was trained on.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "test",
     recipe: Annotated[str | None, typer.Option(help="Without --run: recipe name or YAML file.")] = None,
     llama: Annotated[Path | None, typer.Option(help="Folder of the LLaMA.")] = None,
     clip: Annotated[Path | None, typer.Option(help="CLIP weights; not for text-only recipes.")] = None,
@@ -35,21 +30,15 @@ def scienceqa(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Top-p 0.75 at temperature 0.1; default: greedy.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of --sample.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Results file; default RUN/eval-SPLIT.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file; default RUN/eval-TASK-SPLIT.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to --recipe.")
-    ] = None,
 ) -> None:
-    """Answer ScienceQA's questions and print the score table of the papers."""
+    """Ask a run, an exported adapter or a bare base a benchmark's questions, and print its score table."""
     from lavin_ds.evaluation import job as jobs
+    from lavin_ds.evaluation.requests import Generation, Sampling
 
-    sampling = None
-    if sample:
-        from lavin_ds.evaluation.generate import Sampling
-
-        sampling = Sampling(seed=seed)
     arguments = jobs.EvalArguments(
+        task=task,
         run=run,
         recipe=recipe,
         overrides=tuple(overrides or ()),
@@ -59,9 +48,8 @@ def scienceqa(
         data=data,
         split=split,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
+        generation=Generation(max_new_tokens, Sampling(seed=seed) if sample else None),
         limit=limit,
-        sampling=sampling,
         out=out,
     )
     job = jobs.prepare(arguments)
@@ -69,12 +57,12 @@ def scienceqa(
         console.err.print(f"[yellow]warning:[/] {escape(job.warning)}", highlight=False, soft_wrap=True)
     with console.progress("loading weights") as update:
         model = jobs.load(job, lambda _, done, total: update(done, total))
-    with console.progress(f"answering {split}", job.questions) as update:
+    with console.progress(f"answering {split}", job.task.questions) as update:
         report = jobs.run(job, model, update)
     if as_json:
         print(json.dumps(summary(report, job.out), indent=2))
         return
-    console.out.print(score_table(report))
+    console.out.print(score_table(report, job.task.figures))
     for remark in remarks(report):
         console.out.print(remark, highlight=False)
     console.out.print(f"Results: {job.out}", highlight=False, markup=False, soft_wrap=True)
@@ -85,8 +73,8 @@ def summary(report: dict, out: Path) -> dict:
     return {**{key: value for key, value in report.items() if key != "predictions"}, "out": str(out.absolute())}
 
 
-def score_table(report: dict) -> Table:
-    """Columns as in the papers' Table 1, with what guessing reaches and how many questions there are."""
+def score_table(report: dict, figures: dict[str, str]) -> Table:
+    """The report's columns, and a row a figure: the score first, then what it is compared with."""
     model, data = report["model"], report["data"]
     title = f"{model['recipe']} on {data['split']}: {report['questions']:,} questions in {report['seconds']:,.1f} s"
     # Narrow enough for a terminal of 80 columns.
@@ -94,10 +82,9 @@ def score_table(report: dict) -> Table:
     table.add_column("")
     for name in report["table"]:
         table.add_column(name, justify="right")
-    columns = report["table"].values()
-    table.add_row("accuracy %", *(_percent(column["accuracy"]) for column in columns), style="bold")
-    table.add_row("chance %", *(_percent(column["chance"]) for column in columns))
-    table.add_row("questions", *(f"{column['count']:,}" for column in columns))
+    for row, (figure, label) in enumerate(figures.items()):
+        cells = (_cell(column[figure]) for column in report["table"].values())
+        table.add_row(label, *cells, style="bold" if row == 0 else None)
     return table
 
 
@@ -118,12 +105,12 @@ def remarks(report: dict) -> list[str]:
             f"--max-new-tokens {settings['max_new_tokens']}."
         )
     if outcomes["no_room"]:
-        said.append(
-            f"  {outcomes['no_room']:,} of them have a prompt that fills data.max_length: nothing was generated."
-        )
+        said.append(f"  {outcomes['no_room']:,} of them have a prompt that fills data.max_length and were not asked.")
     return said
 
 
-def _percent(value: float | None) -> str:
-    """Five characters: 72.53, 100.0."""
+def _cell(value: float | int | None) -> str:
+    """A count in full; a score in five characters: 72.53, 100.0."""
+    if isinstance(value, int):
+        return f"{value:,}"
     return "-" if value is None else f"{value:.2f}"[:5]

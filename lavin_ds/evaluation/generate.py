@@ -5,10 +5,8 @@ Dimensions: B samples, S decoding steps, V vocabulary.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,22 +14,8 @@ from torch import nn
 
 from lavin_ds.data.collate import Batch
 from lavin_ds.errors import UserError
+from lavin_ds.evaluation.requests import Sampling, random_of
 from lavin_ds.models.lavin import Lavin
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Top-p sampling; the temperature and top_p of the authors' evaluation (reference.md, section 1)."""
-
-    temperature: float = 0.1
-    top_p: float = 0.75
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.temperature <= 0:
-            raise UserError(f"temperature {self.temperature} must be above 0: to decode greedily, do not sample.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1.")
 
 
 def generate(
@@ -111,14 +95,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def generator_of(seed: int, purpose: str, sample_id: str) -> np.random.Generator:
-    """A stream of a sample's own: neither its place in a split nor its batch changes it."""
-    return np.random.default_rng([seed, zlib.crc32(f"{purpose} {sample_id}".encode())])
-
-
 def _uniform(sample_ids: list[str], steps: int, seed: int) -> torch.Tensor:
     """[B, S] numbers in [0, 1); more steps continue the same rows."""
-    rows = [generator_of(seed, "top-p", i).random(steps, dtype=np.float32) for i in sample_ids]
+    rows = [random_of(seed, "top-p", i).random(steps, dtype=np.float32) for i in sample_ids]
     return torch.from_numpy(np.stack(rows))
 
 

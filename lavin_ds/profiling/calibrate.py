@@ -10,35 +10,47 @@ Every constant holds for all models: none is fitted to the configuration whose t
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 
 import numpy as np
 
 from lavin_ds.config import load_recipe
-from lavin_ds.profiling.devices import GB, Device
+from lavin_ds.devices import DEVICES, GB, Device, Rates
+from lavin_ds.errors import UserError
 from lavin_ds.profiling.memory import Simulation, Workload, simulate
 from lavin_ds.profiling.tracker import Operation
 
 HALF = ("bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds for one unit of each; 0 for what no measured step had."""
+HERE = "here"
 
-    flop: float  # of a matrix product or attention in fp32
-    half_flop: float  # in bf16 or fp16
-    byte: float  # read or written by an operator without a product
-    operator: float  # started, whatever its size
-    exchanged_byte: float  # in a collective
 
-    def as_dict(self) -> dict:
-        return asdict(self)
+def device_named(name: str, gpus: int = 1) -> Device:
+    """A device by its name; "here" is this machine's CPU, measured now (half a minute), shared by `gpus` ranks.
 
-    def seconds(self, operations: list[Operation]) -> float:
-        return float(amounts(operations) @ np.array(list(asdict(self).values())))
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name == HERE:
+        return this_cpu(gpus)
+    if name not in DEVICES:
+        raise UserError(f"No device '{name}': give one of {', '.join(DEVICES)}, or {HERE} for this CPU.")
+    return DEVICES[name]
+
+
+def roofline_seconds(device: Device, operations: list[Operation]) -> float:
+    """Of operators without communication, at the measured rates or else at the data sheet's peak ones."""
+    operations = [o for o in operations if not o.exchanged]
+    if device.rates:
+        return seconds_at(device.rates, operations)
+    rate, bandwidth = device.tflops * 1e12, device.bandwidth * GB
+    return sum(max(o.flops / rate, o.bytes / bandwidth) for o in operations)
+
+
+def seconds_at(rates: Rates, operations: list[Operation]) -> float:
+    return float(amounts(operations) @ np.array(list(rates.as_dict().values())))
 
 
 # Models small enough to step in a second, that differ in what they spend it on; for `this_cpu`.

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from lavin_ds.config import Checkpointing, RunConfig, parse_config, recomputed_layers
+from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
+from lavin_ds.profiling.calibrate import roofline_seconds
 from lavin_ds.profiling.layers import BASE, from_few_layers, peak_components, with_parts
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
 from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, labelled_share, pace
@@ -77,7 +78,7 @@ class Fit:
             return None
         clip = ["--clip", "ViT-L-14.pt"] if self.best.config.model.has_vit else []
         words = ["lavin-ds", "train", "--recipe", recipe, "--data", "shards", "--llama", "llama", *clip]
-        ranks = ["--ranks", str(gpus)] if gpus <= GPUS_OF_A_NODE else ["--hostfile", "hostfile"]
+        ranks = ["--ranks", str(gpus)] if gpus <= GPUS_PER_NODE else ["--hostfile", "hostfile"]
         return shlex.join([*words, "--out", f"runs/{Path(recipe).stem}", *ranks, *overrides, *self.best.changes])
 
     def as_dict(self) -> dict:
@@ -254,7 +255,7 @@ class _Search:
 
         def taken(simulation: Simulation, operations: list[Operation]) -> float:
             exchanged = sum(o.exchanged for o in operations if o.phase != "update")  # once a step: the same for all
-            seconds = self.device.seconds(replace(simulation, operations=operations))
+            seconds = roofline_seconds(self.device, operations)
             return seconds / efficiency + exchanged / (self.device.link * GB)
 
         def measure(simulation: Simulation) -> np.ndarray:

@@ -6,8 +6,8 @@ import base64
 from html import escape
 from io import BytesIO
 
+from lavin_ds.devices import GB
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.devices import GB
 from lavin_ds.profiling.memory import COMPONENTS
 from lavin_ds.profiling.plots import plot_memory, plot_savings, plot_timeline
 from lavin_ds.profiling.report import LEGEND, Report

@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from lavin_ds.config import RunConfig
+from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate
-from lavin_ds.profiling.published import PublishedOptions
 
 BASE = (2, 1)  # LLaMA layers and parts of the ViT of the smallest model
 
@@ -23,7 +23,7 @@ def from_few_layers(
     workload: Workload,
     measure: Callable[[Simulation], np.ndarray],
     gpus: int = 1,
-    published: PublishedOptions | None = None,
+    make: Callable[..., Lavin] = Lavin,
 ) -> np.ndarray:
     """`measure` of a step of the whole model, for a measure that is linear in the numbers of layers and parts.
 
@@ -32,17 +32,16 @@ def from_few_layers(
     recomputed = config.training.activation_checkpointing
     if type(recomputed) is int:
         few, everything = (
-            from_few_layers(_recomputing(config, value), workload, measure, gpus, published)
-            for value in ("vision", True)
+            from_few_layers(_recomputing(config, value), workload, measure, gpus, make) for value in ("vision", True)
         )
         return few + (everything - few) * recomputed / config.model.llm.n_layers
 
     def at(layers: int, parts: int) -> np.ndarray:
-        return measure(_simulated(with_parts(config, layers, parts), workload, gpus, published))
+        return measure(_simulated(with_parts(config, layers, parts), workload, gpus, make))
 
     layers, parts = config.model.llm.n_layers, config.model.visual_tokens if config.model.has_vit else 0
     if layers < BASE[0]:
-        return measure(simulate(config, workload, gpus, published))
+        return measure(simulate(config, workload, gpus, make))
     base = at(*BASE)
     total = base
     if layers > BASE[0]:
@@ -53,9 +52,9 @@ def from_few_layers(
 
 
 @lru_cache(maxsize=64)
-def _simulated(config: RunConfig, workload: Workload, gpus: int, published: PublishedOptions | None) -> Simulation:
+def _simulated(config: RunConfig, workload: Workload, gpus: int, make: Callable[..., Lavin]) -> Simulation:
     """A step of a small model; a search asks for many of them again."""
-    return simulate(config, workload, gpus, published)
+    return simulate(config, workload, gpus, make)
 
 
 def peak_components(simulation: Simulation) -> np.ndarray:

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,9 +26,9 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.data.sampler import micro_batches
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
+from lavin_ds.models.meta import build_on_meta
 from lavin_ds.parallel import check_world, tensor_parallel_size
-from lavin_ds.profiling.published import PublishedOptions
-from lavin_ds.profiling.skeleton import ConcreteIndices, build_on_meta, first_rank_of, make_fake
+from lavin_ds.profiling.skeleton import ConcreteIndices, first_rank_of, make_fake
 from lavin_ds.profiling.tracker import ALIVE, Life, Operation, Tracker, all_reduced
 from lavin_ds.profiling.zero import GATHERING, ModuleTrace, ZeroPlan, gathered_lives, linear_layers_of, zero_plan
 from lavin_ds.run import adapter_file
@@ -167,14 +167,11 @@ def make_batch(model: ModelConfig, workload: Workload, packing: bool = False) ->
     )
 
 
-def simulate(
-    config: RunConfig, workload: Workload, gpus: int = 1, published: PublishedOptions | None = None
-) -> Simulation:
+def simulate(config: RunConfig, workload: Workload, gpus: int = 1, make: Callable[..., Lavin] = Lavin) -> Simulation:
     """One optimizer step of `config` on one of `gpus` ranks, without its memory. 20 s at 13B.
 
     Tensor-parallel ranks hold and compute their slices; the moments, and with ZeRO-3 the parameters, are divided over
-    gpus / tensor_parallel data-parallel ranks. With `published` the step is the authors'; the ZeRO buffers stay those
-    of the recipe's `deepspeed`.
+    gpus / tensor_parallel data-parallel ranks. `make` builds the model; see build_on_meta.
 
     Raises:
         UserError: tensor_parallel does not divide `gpus`, or the workload cannot be.
@@ -182,9 +179,8 @@ def simulate(
     check_world(gpus, config.tensor_parallel)
     plan = zero_plan(config, gpus)
     with first_rank_of(config.tensor_parallel):
-        model = build_on_meta(config, published)
-        # The authors do not pack.
-        batch = make_batch(config.model, workload, packing=config.training.packing and published is None)
+        model = build_on_meta(config, make)
+        batch = make_batch(config.model, workload, config.training.packing)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             make_fake(model)
             for name in ("images_NHWC", "features_NPW"):

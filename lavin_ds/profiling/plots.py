@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from matplotlib.figure import Figure
 
-from lavin_ds.profiling.devices import GB
+from lavin_ds.devices import GB
 from lavin_ds.profiling.memory import COMPONENTS, PHASES, Simulation
 
 if TYPE_CHECKING:

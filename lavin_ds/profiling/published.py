@@ -9,7 +9,9 @@ H heads, K head width, S tokens of an image, R adapter rank, E = 2 paths, V voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,11 @@ class PublishedOptions:
 
 
 SAVINGS = tuple(field.name for field in fields(PublishedOptions))
+
+
+def published_model(options: PublishedOptions) -> Callable[..., PublishedLavin]:
+    """What `simulate` builds the authors' model with. Their step does not pack: set training.packing to false."""
+    return partial(PublishedLavin, options=options)
 
 
 class PublishedLavin(Lavin):

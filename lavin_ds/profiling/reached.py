@@ -6,8 +6,8 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lavin_ds.devices import DEVICES, Device
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.devices import DEVICES, Device
 from lavin_ds.profiling.time import TimeEstimate
 from lavin_ds.run import read_metrics
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from lavin_ds.config import RunConfig
-from lavin_ds.profiling.devices import OVERHEAD
+from lavin_ds.devices import OVERHEAD
+from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.layers import from_few_layers, peak_components
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
-from lavin_ds.profiling.published import SAVINGS, PublishedOptions
+from lavin_ds.profiling.published import SAVINGS, PublishedOptions, published_model
 from lavin_ds.profiling.time import TrainingSet
 
 AS_PUBLISHED = {"frozen_dtype": "fp16"}
@@ -77,7 +78,7 @@ def as_published(config: RunConfig, training_set: TrainingSet) -> AsPublished:
         options = options.without(saving)
         stages.append(_stage(MEANING[saving], theirs, full, average, options))
     stages.append(_stage("our code for all of it", theirs, full, average, None))
-    return AsPublished(simulate(theirs, full, published=PublishedOptions(pad_to=full.length)), stages)
+    return AsPublished(simulate(theirs, full, make=published_model(PublishedOptions(pad_to=full.length))), stages)
 
 
 def _plain(config: RunConfig) -> RunConfig:
@@ -90,6 +91,7 @@ def _stage(name: str, config: RunConfig, full: Workload, average: Workload, opti
     def measure(simulation: Simulation) -> np.ndarray:
         return np.array([*peak_components(simulation), simulation.flops()])
 
-    at_full, at_average = (from_few_layers(config, w, measure, published=options) for w in (full, average))
+    make = published_model(options) if options else Lavin
+    at_full, at_average = (from_few_layers(config, w, measure, make=make) for w in (full, average))
     n = len(COMPONENTS)
     return Stage(name, int(at_full[:n].sum()), int(at_average[:n].sum()), int(at_average[n]))

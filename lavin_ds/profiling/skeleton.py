@@ -1,7 +1,4 @@
-"""The real model without its memory: built on the meta device, then given fake tensors to compute with.
-
-fairscale's layers call `torch.Tensor(out, in)`, which ignores `torch.device("meta")`; a dispatch mode sees it.
-"""
+"""What a simulated step runs in: fake tensors, which have shapes and no memory, and a group of ranks without peers."""
 
 from __future__ import annotations
 
@@ -24,23 +21,8 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.distributed_c10d import _world
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lavin_ds.config import RunConfig
-from lavin_ds.models.lavin import Lavin
+from lavin_ds.models.meta import tensors_in
 from lavin_ds.parallel import initialize_single_process
-from lavin_ds.profiling.published import PublishedLavin, PublishedOptions
-from lavin_ds.profiling.tracker import tensors_in
-
-
-class OnMeta(TorchDispatchMode):
-    """Creates every tensor on the meta device: shape and dtype, no values and no memory."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if not tensors_in((args, *kwargs.values())) and any(
-            argument.name == "device" for argument in func._schema.arguments
-        ):
-            kwargs["device"] = torch.device("meta")
-        return func(*args, **kwargs)
 
 
 class ConcreteIndices(TorchDispatchMode):
@@ -135,19 +117,6 @@ def first_rank_of(tensor_parallel: int) -> Iterator[None]:
     finally:
         groups._MODEL_PARALLEL_GROUP = previous
         del _world.pg_group_ranks[pretended]
-
-
-def build_on_meta(config: RunConfig, published: PublishedOptions | None = None) -> Lavin:
-    """The model of a recipe, as training builds it, with parameters that hold no memory. Takes 0.3 s at 13B.
-
-    With `published` it is the same model with the authors' forward.
-    """
-    initialize_single_process()
-    compat, checkpointing = config.compat is not None, config.training.activation_checkpointing
-    with OnMeta():
-        if published is not None:
-            return PublishedLavin(config.model, published, compat, checkpointing)
-        return Lavin(config.model, compat, checkpointing)
 
 
 def make_fake(model: nn.Module) -> None:

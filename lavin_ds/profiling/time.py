@@ -17,9 +17,10 @@ import numpy as np
 
 from lavin_ds.config import RunConfig
 from lavin_ds.data.sampler import assign, global_batch_indices, micro_batches, total_steps
+from lavin_ds.devices import GB, Device
 from lavin_ds.errors import UserError
 from lavin_ds.parallel import check_world
-from lavin_ds.profiling.devices import GB, Device
+from lavin_ds.profiling.calibrate import roofline_seconds
 from lavin_ds.profiling.layers import from_few_layers
 from lavin_ds.profiling.memory import ZERO_OPERATIONS, Simulation, Workload, simulate
 from lavin_ds.profiling.zero import zero_plan
@@ -209,7 +210,7 @@ def micro_step(simulation: Simulation, device: Device) -> MicroStep:
     once = sum(o.exchanged for o in sent if o.phase == "update")
     every = sum(o.exchanged for o in sent if o.phase != "update" and o.name in ZERO_OPERATIONS)
     shared = sum(o.exchanged for o in sent) - once - every
-    return MicroStep(simulation.flops(), device.seconds(simulation), shared, every, once)
+    return MicroStep(simulation.flops(), roofline_seconds(device, simulation.operations), shared, every, once)
 
 
 def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, gpus: int) -> MicroStep:

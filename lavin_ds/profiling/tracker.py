@@ -7,12 +7,13 @@ included, as a caching allocator would see it. Not seen: what a kernel allocates
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lavin_ds.models.meta import tensors_in
 
 ALIVE = -1  # died: not yet
 
@@ -113,17 +114,6 @@ class Tracker(TorchDispatchMode):
 def all_reduced(bytes: int, ranks: int) -> int:
     """What each of `ranks` sends to sum a tensor of that size over all of them, in a ring."""
     return bytes * 2 * (ranks - 1) // ranks
-
-
-def tensors_in(values: Iterable) -> list[torch.Tensor]:
-    """The tensors among an operator's arguments or results, which nest in lists and tuples alone."""
-    found = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors_in(value)
-    return found
 
 
 def _address(tensor: torch.Tensor) -> int:

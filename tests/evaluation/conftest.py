@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def write_base(folder: Path, tokenizer: Tokenizer, response: str, ends: bool) ->
     for token, following in zip(chain, chain[1:], strict=False):
         state["output.weight"][following, token] = 1.0
     folder.mkdir()
+    shutil.copy(tokenizer.path, folder)
     torch.save(state, folder / "consolidated.00.pth")
     shape = {"dim": VOCABULARY, "n_layers": 1, "n_heads": 2, "vocab_size": VOCABULARY, "norm_eps": 1e-6}
     (folder / "params.json").write_text(json.dumps(shape))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lavin_ds.cli.evaluate import app
+from lavin_ds.cli.main import app
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation import job as jobs
-from lavin_ds.evaluation.generate import Sampling
-from lavin_ds.evaluation.scienceqa import evaluate, guess
+from lavin_ds.evaluation.answer import answer
+from lavin_ds.evaluation.requests import Generation, Sampling
+from lavin_ds.evaluation.tasks.scienceqa import ScienceQA, guess
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def bare(pipeline, llama, out, **more) -> dict:
 
 
 def command(*words) -> object:
-    return CliRunner().invoke(app, ["scienceqa", *map(str, words)])
+    return CliRunner().invoke(app, ["eval", "scienceqa", *map(str, words)])
 
 
 def test_a_run_is_scored_from_its_folder_alone(pipeline, run):
@@ -55,7 +56,7 @@ def test_a_run_is_scored_from_its_folder_alone(pipeline, run):
         "count": len(images),
     }
     assert report["outcomes"] == {"answered": len(rows), "unparsed": 0, "cut": 0, "no_room": 0}
-    assert json.loads((run / "eval-test.json").read_text()) == report
+    assert json.loads((run / "eval-scienceqa-test.json").read_text()) == report
 
 
 def test_a_bare_base_reads_every_question_as_text(pipeline, base, tmp_path):
@@ -73,7 +74,7 @@ def test_an_exported_adapter_brings_its_recipe(pipeline, base, run, tmp_path):
 
 
 def test_what_is_no_answer_is_wrong_and_counted(pipeline, base, tmp_path):
-    cut = bare(pipeline, base, tmp_path, max_new_tokens=3)
+    cut = bare(pipeline, base, tmp_path, generation=Generation(3))
     assert cut["outcomes"]["cut"] == cut["questions"]
     assert cut["table"]["Avg"]["accuracy"] == 0
     assert cut["predictions"][0]["response"] == "The answer is"
@@ -84,17 +85,15 @@ def test_what_is_no_answer_is_wrong_and_counted(pipeline, base, tmp_path):
 
 
 def test_a_response_that_goes_on_is_still_read(pipeline, tmp_path):
-    endless = bare(pipeline, pipeline.base("The answer is B.", ends=False), tmp_path, max_new_tokens=8)
+    endless = bare(pipeline, pipeline.base("The answer is B.", ends=False), tmp_path, generation=Generation(8))
     assert endless["outcomes"]["answered"] == endless["questions"]
 
 
 def test_a_prompt_without_room_is_reported(pipeline, base):
-    model = jobs.load(job_of(pipeline, base))
-    reader = ShardReader(pipeline.data, "test")
-    lengths = reader.prompt_lengths(0)
-    prompt = reader.manifest.prompt.model_copy(update={"max_length": int(lengths.max()) + 1})
-    reader.manifest = reader.manifest.model_copy(update={"prompt": prompt})  # as if prepared for no more
-    result = evaluate(model, reader, pipeline.tokenizer, batch_size=5)
+    job = job_of(pipeline, base)
+    lengths = ShardReader(pipeline.data, "test").prompt_lengths(0)
+    asked = replace(job.asked, max_length=int(lengths.max()) + 1)  # as if prepared for no more
+    result = job.task.score(answer(jobs.load(job), asked, batch_size=5))
     full = [p for p, length in zip(result.predictions, lengths, strict=True) if length == lengths.max()]
     assert result.outcomes["no_room"] == len(full) > 0
     assert {(p.outcome, p.predicted, p.response) for p in full} == {("no_room", None, "")}
@@ -115,19 +114,14 @@ def test_results_do_not_depend_on_batches_and_progress_adds_up(pipeline, run):
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(parameter.shape) ** -0.5)
 
-    def outcome(**settings):
+    def outcome(batch_size, sampling, limit=None):
         seen = []
-        result = evaluate(
-            model,
-            job.reader,
-            pipeline.tokenizer,
-            max_new_tokens=6,
-            on_progress=lambda done, total: seen.append((done, total)),
-            **settings,
-        )
-        assert seen[-1] == (len(result.predictions),) * 2
+        task = ScienceQA(pipeline.data, "test", limit)
+        asked = task.ask(job.subject, Generation(6, sampling))
+        answers = answer(model, asked, batch_size, lambda done, total: seen.append((done, total)))
+        assert seen[-1] == (len(asked.requests),) * 2
         assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-        return result.predictions
+        return task.score(answers).predictions
 
     for sampling in (None, Sampling(temperature=1.0)):
         together = outcome(batch_size=64, sampling=sampling)
@@ -137,10 +131,9 @@ def test_results_do_not_depend_on_batches_and_progress_adds_up(pipeline, run):
 
 
 def test_the_official_reading_guesses_reproducibly(pipeline):
-    model = jobs.load(job_of(pipeline, pipeline.base("The answer is")))
-    reader = ShardReader(pipeline.data, "test")
-    result = evaluate(model, reader, pipeline.tokenizer, official_reading=True)
-    rows = [reader.row(i) for i in range(len(reader))]
+    job = job_of(pipeline, pipeline.base("The answer is"))
+    result = job.task.score(answer(jobs.load(job), job.asked), official=True)
+    rows = [ShardReader(pipeline.data, "test").row(i) for i in range(job.task.rows)]
     assert [p.predicted for p in result.predictions] == [guess(row.n_choices, 0, row.id) for row in rows]
     assert result.outcomes["unparsed"] == len(rows)
 
@@ -155,7 +148,7 @@ def test_the_table_and_what_it_does_not_say(pipeline, run):
     assert "counted as wrong: 20 of 20" in result.stdout
     assert "--max-new-tokens 3" in result.stdout
     assert "temperature 0.1" in result.stdout
-    assert (run / "eval-test-first-20-sampled-0.json").is_file()
+    assert (run / "eval-scienceqa-test-first-20-sampled-0.json").is_file()
 
 
 def test_json_alone_is_on_stdout(pipeline, base, tmp_path):

@@ -11,7 +11,8 @@ from lavin_ds.data.collate import prompt_batch
 from lavin_ds.data.layout import Frame
 from lavin_ds.data.shards import Row
 from lavin_ds.errors import UserError
-from lavin_ds.evaluation.generate import Sampling, generate, room, sample_top_p
+from lavin_ds.evaluation.generate import generate, room, sample_top_p
+from lavin_ds.evaluation.requests import Sampling
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 

@@ -5,10 +5,9 @@ import json
 
 import pytest
 
-from lavin_ds.evaluation.scienceqa import (
+from lavin_ds.evaluation.tasks.scienceqa import (
     COLUMNS,
     Item,
-    batches_by_length,
     guess,
     read_answer,
     read_answer_official,
@@ -111,9 +110,3 @@ def test_chance_counts_and_empty_columns():
     assert table["Avg"].chance == pytest.approx(100 * (1 / 2 + 1 / 4 + 1 / 4) / 3)
     assert (table["IMG"].accuracy, table["IMG"].chance) == (0.0, 25.0)
     assert (table["SOC"].accuracy, table["SOC"].chance) == (None, None)
-
-
-def test_batches_are_of_similar_length_longest_first():
-    lengths = [3, 9, 4, 9, 1]
-    assert list(batches_by_length(lengths, 2)) == [[1, 3], [2, 0], [4]]
-    assert list(batches_by_length([], 2)) == []

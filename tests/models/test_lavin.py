@@ -9,8 +9,8 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.lavin import Lavin
+from lavin_ds.models.meta import build_on_meta
 from lavin_ds.models.trainable import frozen_parameters
-from lavin_ds.profiling.skeleton import build_on_meta
 
 MM = [
     "down_weight",

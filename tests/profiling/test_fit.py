@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lavin_ds.config import load_recipe
-from lavin_ds.profiling.devices import DEVICES, OVERHEAD
+from lavin_ds.devices import DEVICES, OVERHEAD
 from lavin_ds.profiling.fit import Setting, _Search, find_fit
 from lavin_ds.profiling.memory import simulate, worst_case
 from lavin_ds.profiling.time import TrainingSet, estimate

@@ -11,7 +11,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.profiling.memory import Workload, make_batch, simulate, summarise, trace_step
-from lavin_ds.profiling.published import SAVINGS, PublishedLavin, PublishedOptions
+from lavin_ds.profiling.published import SAVINGS, PublishedLavin, PublishedOptions, published_model
 
 PUBLISHED = PublishedOptions(pad_to=64)
 WORKLOAD = Workload(samples=4, length=40, image_fraction=0.5, labelled_fraction=0.5)
@@ -101,10 +101,11 @@ def test_every_saving_takes_memory_off_and_all_of_them_leave_our_step(tiny):
 
 def test_the_simulated_published_step_is_the_real_one(tiny):
     initialize_single_process()
-    config = tiny.model_copy(update={"deepspeed": "zero0"})
+    training = tiny.training.model_copy(update={"packing": False})
+    config = tiny.model_copy(update={"deepspeed": "zero0", "training": training})
     tracker = trace_step(filled(PublishedLavin(tiny.model, PUBLISHED)), ragged_batch(tiny))
     real = summarise(tracker, WORKLOAD, accumulates=True)
-    fake = simulate(config, WORKLOAD, published=PUBLISHED)
+    fake = simulate(config, WORKLOAD, make=published_model(PUBLISHED))
     assert fake.phases == real.phases and fake.operations == real.operations
 
 
@@ -119,8 +120,8 @@ def gigabytes(recipe, options) -> float:
 
     def peak(layers, blocks):
         shape = [f"model.llm.n_layers={layers}", f"model.vision.layers={blocks}"]
-        config = load_recipe(recipe, ["model.frozen_dtype=fp16", "deepspeed=zero0", *shape])
-        simulation = simulate(config, Workload(4, 512), published=options)
+        config = load_recipe(recipe, ["model.frozen_dtype=fp16", "deepspeed=zero0", "training.packing=false", *shape])
+        simulation = simulate(config, Workload(4, 512), make=published_model(options))
         assert simulation.moment.startswith("backward, at _log_softmax_backward")  # of every size alike
         return simulation.peak_bytes
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lavin_ds.config import RunConfig
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.profiling.skeleton import build_on_meta
+from lavin_ds.models.meta import build_on_meta
 
 FP32 = 4  # bytes; trainable parameters are fp32 whatever the base is stored in
 MOMENTS = 2  # AdamW's, fp32

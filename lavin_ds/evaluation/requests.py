@@ -1,0 +1,105 @@
+"""What a task asks a model and what it gets back. Needs no torch: questions are read before a model is loaded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lavin_ds.data.layout import Frame
+from lavin_ds.data.tokenizer import Tokenizer
+from lavin_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Top-p sampling; the temperature and top_p of the authors' evaluation (reference.md, section 1)."""
+
+    temperature: float = 0.1
+    top_p: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise UserError(f"temperature {self.temperature} must be above 0: to decode greedily, do not sample.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a response is generated: greedily, or with `sampling`."""
+
+    max_new_tokens: int = 64
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model: either a response is generated, or the given continuations are scored.
+
+    id: unique within its RequestSet; the answer has the same.
+    prompt_ids: the prompt alone, without BOS, prefix and visual tokens.
+    image: index that RequestSet.image reads, or -1 for text.
+    continuations: ids of each text whose log-likelihood after the prompt is asked. EOS counts if it is among them.
+    """
+
+    id: str
+    prompt_ids: Sequence[int]
+    image: int = -1
+    generation: Generation | None = None
+    continuations: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self):
+        if bool(self.generation) == bool(self.continuations):
+            raise ValueError(f"Request {self.id} must have generation settings or continuations, and not both.")
+        if not all(len(ids) for ids in self.continuations):
+            raise ValueError(f"Request {self.id} has an empty continuation.")
+
+
+@dataclass(frozen=True)
+class RequestSet:
+    """The requests of one task to one model, and what they share.
+
+    max_length: positions that prompt and response together may take, with the modality token and all that the
+    frame adds.
+    image: reads the image of a request for the model: uint8 pixels [size, size, 3], or float32 features [P, W].
+    Requests with the same index share one pass through the ViT if they are in one batch.
+    """
+
+    requests: Sequence[Request]
+    tokenizer: Tokenizer
+    frame: Frame
+    max_length: int
+    image: Callable[[int], np.ndarray]
+
+    def __post_init__(self):
+        seen = set()
+        for request in self.requests:
+            if request.id in seen:
+                raise UserError(f"Two questions have the id {request.id}: answers are matched by id.")
+            seen.add(request.id)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to the request of the same id.
+
+    text: the response, without blanks around it; empty if continuations were scored.
+    log_likelihoods: of each continuation, in nats, the sum over its tokens; empty if a response was generated.
+    ending: "done"; "cut" if the response reached its limit before EOS; "no_room" if the prompt (with the longest
+    continuation) leaves no room within max_length, so that nothing was generated or scored.
+    """
+
+    id: str
+    text: str = ""
+    log_likelihoods: tuple[float, ...] = ()
+    ending: Literal["done", "cut", "no_room"] = "done"
+
+
+def random_of(seed: int, purpose: str, request_id: str) -> np.random.Generator:
+    """A random stream of a request's own: neither its place among the requests nor its batch changes it."""
+    return np.random.default_rng([seed, zlib.crc32(f"{purpose} {request_id}".encode())])

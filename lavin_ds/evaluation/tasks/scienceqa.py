@@ -1,0 +1,157 @@
+"""ScienceQA: prepared shards in, the score table NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg of the papers out.
+
+There are two ways to read an answer; a recipe's `compat` chooses the authors' (reference.md, sections 8, 11):
+
+| point          | here                       | official                                                |
+|----------------|----------------------------|---------------------------------------------------------|
+| where          | the response alone         | prompt and response                                     |
+| which          | the last "The answer is X" | the first that any character follows                    |
+| no such choice | wrong, and counted         | a random guess, and counted; theirs differs every time, |
+|                |                            | here it follows from a seed and the sample's id         |
+
+Accuracy and chance are percentages, as in the papers' tables.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavin_ds.data.schema import check_manifest, manifest_sha256
+from lavin_ds.data.shards import Row, ShardReader
+from lavin_ds.errors import UserError
+from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet, random_of
+from lavin_ds.evaluation.subject import Subject
+from lavin_ds.evaluation.tasks.task import Accuracy, Prediction, Result, Task
+
+LETTERS = string.ascii_uppercase
+ANSWER = re.compile(r"The answer is ([A-Z])\b")
+# The dot is not escaped there: "The answer is BC" is a B, and "The answer is B" at the end of the text fails.
+OFFICIAL_ANSWER = re.compile(r"The answer is ([A-Z]).")
+
+LOW_GRADES = {f"grade{n}" for n in range(1, 7)}
+HIGH_GRADES = {f"grade{n}" for n in range(7, 13)}
+
+
+class ScienceQA(Task):
+    """Reads shards that `lavin-ds prep scienceqa` made, with the prompts they hold.
+
+    The authors generate 64 tokens: enough where the answer comes first. Formats that end with it (LEA and the
+    like) need more, and outcome "cut" counts the questions that did.
+    """
+
+    name = "scienceqa"
+
+    def __init__(self, data: Path, split: str, limit: int | None):
+        self.reader = ShardReader(data, split)
+        self.rows = len(self.reader)
+        self.questions = min(self.rows, limit or self.rows)
+        manifest = self.reader.manifest
+        if manifest.kind != "scienceqa":
+            raise UserError(f"{data} holds {manifest.kind} data: this score is of ScienceQA's questions.")
+        self.tokenizer = self.reader.tokenizer
+
+    def ask(self, subject: Subject, generation: Generation) -> RequestSet:
+        reader, config = self.reader, subject.config
+        disagreements = check_manifest(reader.manifest, config, subject.features_clip_sha256)
+        if disagreements:
+            raise UserError(f"{reader.directory} was not prepared for {config.name}: {'; '.join(disagreements)}.")
+        return RequestSet(
+            [Request(row.id, row.prompt_ids, row.image, generation) for row in self._asked()],
+            self.tokenizer,
+            reader.frame,
+            reader.manifest.prompt.max_length,
+            reader.visual_input(config.model.vision_source),
+        )
+
+    def score(self, answers: Mapping[str, Answer], official: bool = False, seed: int = 0) -> Result:
+        rows = self._asked()
+        predictions = [self._predict(row, answers[row.id], official, seed) for row in rows]
+        return Result(predictions, score([Item.of(row) for row in rows], [p.predicted for p in predictions]))
+
+    def facts(self, subject: Subject) -> dict:
+        source = subject.config.model.vision_source
+        return {"manifest_sha256": manifest_sha256(self.reader.directory, source)}
+
+    def _asked(self) -> list[Row]:
+        return [self.reader.row(index) for index in range(self.questions)]
+
+    def _predict(self, row: Row, answer: Answer, official: bool, seed: int) -> Prediction:
+        if official:
+            prompt = self.tokenizer.decode(row.prompt_ids).strip()
+            index = read_answer_official(f"{prompt} {answer.text}".strip(), row.n_choices)
+        else:
+            index = read_answer(answer.text, row.n_choices)
+        outcome = Prediction.outcome_of(answer, index is not None)
+        if index is None and official:
+            index = guess(row.n_choices, seed, row.id)
+        return Prediction(row.id, row.answer, index, outcome, answer.text)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the score needs to know of a question. `answer` is an index below `n_choices`."""
+
+    subject: str
+    grade: str
+    has_hint: bool
+    has_image: bool
+    answer: int
+    n_choices: int
+
+    @classmethod
+    def of(cls, row: Row) -> Item:
+        return cls(row.subject, row.grade, row.has_hint, row.has_image, row.answer, row.n_choices)
+
+
+# A question with both a hint and an image counts in TXT and in IMG; one with neither, in NO.
+COLUMNS: dict[str, Callable[[Item], bool]] = {
+    "NAT": lambda item: item.subject == "natural science",
+    "SOC": lambda item: item.subject == "social science",
+    "LAN": lambda item: item.subject == "language science",
+    "TXT": lambda item: item.has_hint,
+    "IMG": lambda item: item.has_image,
+    "NO": lambda item: not item.has_hint and not item.has_image,
+    "G1-6": lambda item: item.grade in LOW_GRADES,
+    "G7-12": lambda item: item.grade in HIGH_GRADES,
+    "Avg": lambda item: True,
+}
+
+
+def score(items: Sequence[Item], predicted: Sequence[int | None]) -> dict[str, Accuracy]:
+    """Scores every column; `predicted` holds a choice's index for each item, or None, which is wrong."""
+    pairs = list(zip(items, predicted, strict=True))
+    return {name: _score_column([pair for pair in pairs if belongs(pair[0])]) for name, belongs in COLUMNS.items()}
+
+
+def _score_column(pairs: list[tuple[Item, int | None]]) -> Accuracy:
+    if not pairs:
+        return Accuracy(None, None, 0)
+    correct = sum(item.answer == index for item, index in pairs)
+    chance = sum(1 / item.n_choices for item, _ in pairs)
+    return Accuracy(100 * correct / len(pairs), 100 * chance / len(pairs), len(pairs))
+
+
+def read_answer(response: str, n_choices: int) -> int | None:
+    """Index of the choice named by the last "The answer is X" of a response; None if it names none."""
+    letters = ANSWER.findall(response)
+    return _index(letters[-1], n_choices) if letters else None
+
+
+def read_answer_official(text: str, n_choices: int) -> int | None:
+    """The same as the authors read it: the first match in `text`, which is prompt and response."""
+    match = OFFICIAL_ANSWER.search(text)
+    return _index(match[1], n_choices) if match else None
+
+
+def _index(letter: str, n_choices: int) -> int | None:
+    index = LETTERS.index(letter)
+    return index if index < n_choices else None
+
+
+def guess(n_choices: int, seed: int, sample_id: str) -> int:
+    """official: the choice that stands in for an answer that could not be read."""
+    return int(random_of(seed, "guess", sample_id).integers(n_choices))

@@ -1,0 +1,52 @@
+"""The model of a recipe without its memory: every parameter is on torch's meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lavin_ds.config import RunConfig
+from lavin_ds.models.lavin import Lavin
+from lavin_ds.parallel import initialize_single_process
+
+
+class OnMeta(TorchDispatchMode):
+    """Creates every tensor on the meta device: shape and dtype, no values and no memory.
+
+    `with torch.device("meta")` is not enough: fairscale's layers call `torch.Tensor(out, in)`, which ignores it.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if not tensors_in((args, *kwargs.values())) and any(
+            argument.name == "device" for argument in func._schema.arguments
+        ):
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+def tensors_in(values: Iterable) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results, which nest in lists and tuples alone."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def build_on_meta(config: RunConfig, make: Callable[..., Lavin] = Lavin) -> Lavin:
+    """Builds the model of a recipe as training does, with parameters that hold no memory. Takes 0.3 s at 13B.
+
+    make: the model's class; another one gets the same arguments.
+    """
+    initialize_single_process()
+    with OnMeta():
+        return make(
+            config.model,
+            compat=config.compat is not None,
+            activation_checkpointing=config.training.activation_checkpointing,
+        )
