@@ -83,7 +83,8 @@ def _write_model(package: Path, out: Path) -> None:
     config = model.config.to_diff_dict()
     for key in ("quantization_config", "_model_name_or_path"):
         config.pop(key, None)
-    config |= {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 100_000.0}  # eps: as fp32 there
+    # The GGUF file holds 1e-5 in fp32. Readers of before transformers 5 want rope_theta on its own.
+    config |= {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 100_000.0}
     write_json(out / "config.json", config)
     state = model.state_dict()
     del state["lm_head.weight"]  # tied to the embedding

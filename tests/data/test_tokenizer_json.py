@@ -122,13 +122,13 @@ def test_the_name_of_a_control_token_is_only_text(made):
 
 def test_prompt_and_response_join_to_the_ids_of_running_text(made):
     tokenizer = Tokenizer(made / "tokenizer.json")
+    answers = [f" The answer is {letter}. BECAUSE: x" for letter in LETTERS[:5]]
     for prompt in ("Question: Which?\nResponse:", "Instruction: <|end|> 12\nResponse:"):
-        for response in (*(f" The answer is {k}. BECAUSE: x" for k in LETTERS[:5]), " 12 345", " \u65e5\u672c \U0001f427"):
+        for response in (*answers, " 12 345", " \u65e5\u672c \U0001f427"):
             [rest] = tokenizer.encode_continuation_batch([response])
             joined = [*tokenizer.encode(prompt), *rest]
             assert tokenizer.decode(joined) == prompt + response
-            if "12" not in response:
-                assert joined == tokenizer.encode(prompt + response)
+            assert joined == tokenizer.encode(prompt + response)
 
 
 def test_labels_are_the_response_and_its_end(made):
