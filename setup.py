@@ -56,7 +56,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "test": [
-            "pytest>=8.1",
+            "pytest>=8.2",
             "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
