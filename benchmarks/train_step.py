@@ -81,7 +81,7 @@ def config_of(vocabulary: int, dim: int = 512, layers: int = 8) -> ModelConfig:
     ffn = 32 * round(dim * 8 / 3 / 32)
     return ModelConfig(
         llm=LlamaConfig(dim=dim, n_layers=layers, n_heads=dim // 64, ffn_dim=ffn, vocab_size=vocabulary),
-        vision=VisionConfig(width=128, layers=8, heads=2, patch_size=14, image_size=224, cls_every=4),
+        vision=VisionConfig(width=128, layers=8, heads=2, patch_size=14, image_size=224, readout={"every": 4}),
         llm_adapter=adapter,
         vision_adapter=adapter,
         frozen_dtype="fp32",
