@@ -43,7 +43,7 @@ from lavin_ds.data.schema import (
 from lavin_ds.data.shards import IMAGE_BATCH, ROW_BATCH, write_shard
 from lavin_ds.data_prep import features
 from lavin_ds.files import write_json
-from lavin_ds.models.lavin import DTYPES
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.weights.clip import load_clip
 
@@ -122,7 +122,7 @@ def main(
         torch.manual_seed(0)
         clip = write_clip(parent / "clip.safetensors", config)
         shards = write_images(parent / "shards", config, images)
-        tower = VisionTower(config.model.vision, None, DTYPES[config.model.frozen_dtype])
+        tower = VisionTower(config.model.vision, None, STORAGES[config.model.frozen_dtype])
         load_clip(tower, clip)
         tower.to(device).eval()
         size = config.model.vision.image_size

@@ -167,7 +167,7 @@ def theirs(name: str) -> str:
         return name.removeprefix("llm.")
     if name.startswith("vision.") and ".adapters." not in name:
         visual = name.removeprefix("vision.").replace("blocks.", "transformer.resblocks.").replace(".clip.", ".")
-        return f"backbone.visual.{visual}"
+        return f"backbone.visual.{visual}".replace("in_proj.", "in_proj_")
     return official_name(name)
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from lavin_ds.config import LlamaConfig
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import Llama
 from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.weights.llama import HuggingFaceLlama, llama_shapes, load_llama
@@ -103,7 +104,7 @@ def measure(rank: int, ranks: int, method: str, folder: Path, layers: int, work:
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = resident("VmRSS"), time.perf_counter()
-    model = Llama(config_of(layers), dtype=torch.bfloat16)
+    model = Llama(config_of(layers), storage=STORAGES["bf16"])
     if method == "baseline":
         load_naively(model, folder)
     else:

@@ -37,9 +37,9 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import ScienceQA
+from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.profiling.measure import MALLOC_THAT_RETURNS
 from lavin_ds.run import read_metrics
-from lavin_ds.training.arguments import TrainArguments
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 LIMIT = 2.0  # MiB an hour
@@ -66,7 +66,12 @@ def make_data(folder: Path) -> Path:
 
 def soak(folder: Path, seconds: float, every: float) -> dict:
     arguments = TrainArguments(
-        "tiny", make_data(folder), ASSETS / "llama", ASSETS / "vit.safetensors", folder / "run", overrides=SETTINGS
+        recipe="tiny",
+        data=make_data(folder),
+        llama=ASSETS / "llama",
+        clip=ASSETS / "vit.safetensors",
+        out=folder / "run",
+        overrides=SETTINGS,
     )
     script = Path(lavin_ds.__file__).parents[1] / "launch" / "train.py"
     with open(folder / "log.txt", "w") as log:

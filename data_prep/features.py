@@ -37,7 +37,7 @@ from lavin_ds.data.schema import (
 from lavin_ds.data.shards import ShardReader, file_sha256, write_shard
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
-from lavin_ds.models.lavin import DTYPES
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.weights.clip import check_clip, load_clip
 
@@ -138,7 +138,7 @@ def extract(
     if not missing:
         return 0
     vision = job.config.model.vision
-    tower = VisionTower(vision, None, DTYPES[job.config.model.frozen_dtype], compat=job.config.compat is not None)
+    tower = VisionTower(vision, None, STORAGES[job.config.model.frozen_dtype], compat=job.config.compat is not None)
     load_clip(tower, job.clip)
     tower.to(device).eval()
     reader = _reader(job.directory)

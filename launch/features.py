@@ -32,8 +32,8 @@ def main() -> int:
     from lavin_ds.config import load_recipe
     from lavin_ds.data_prep import features
     from lavin_ds.errors import UserError
+    from lavin_ds.launching.rank import watch_launchers
     from lavin_ds.training.engine import start_distributed
-    from lavin_ds.training.rank import watch_launchers
 
     watch_launchers()
     first = os.environ.get("RANK", "0") == "0"

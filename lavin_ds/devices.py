@@ -1,4 +1,4 @@
-"""The devices that time and energy are extrapolated to, and what of their memory no simulation counts."""
+"""Data sheets of GPUs: peak rates, memory, bandwidth and power, each with its source. Nothing here is measured."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from dataclasses import asdict, dataclass
 
 from lavin_ds.errors import UserError
 
-GPUS_OF_A_NODE = 8  # at most, as these devices are sold
-GB = 1e9  # bytes; as data sheets and file sizes have it
+GPUS_PER_NODE = 8  # at most, for the devices below
+GB = 1e9  # bytes, as in data sheets and file sizes
 
-# CUDA context, cuBLAS workspaces, fragmentation: what the published 33.9G and 55.9G exceed the simulated tensors of
-# the authors' own step by (1.4 and 1.7 GB), as one figure for every model and card. Not measured here: no GPU.
+# Memory that a simulation does not count: CUDA context, cuBLAS workspaces, fragmentation. The published 33.9G and 55.9G
+# exceed the simulated tensors of the authors' own step by 1.4 and 1.7 GB; 1.5 stands for every model and card. It was
+# not measured on a GPU.
 OVERHEAD = 1.5e9
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured seconds for one unit of each; 0 for what no measured step had."""
+    """Measured seconds per unit of work; 0 if no measured step did that kind of work."""
 
     flop: float  # of a matrix product or attention in fp32
     half_flop: float  # in bf16 or fp16
-    byte: float  # read or written by an operator without a product
-    operator: float  # started, whatever its size
-    exchanged_byte: float  # in a collective
+    byte: float  # read or written by an operator that is not a product
+    operator: float  # per call
+    exchanged_byte: float  # sent in a collective
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -31,41 +32,108 @@ class Rates:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by its data sheet: dense (not sparse) bf16 with fp32 accumulation, memory, its bandwidth, power."""
+    """A GPU by its data sheet, or a machine by measured rates."""
 
-    name: str
-    tflops: float  # 1e12 operations a second
-    bandwidth: float | None  # 1e9 bytes a second; None where steps were measured that it did not slow down
-    memory: float  # 1e9 bytes, at least; data sheets write GB
+    name: str  # of --device
+    tflops: float  # 1e12 FLOP/s: bf16 products accumulated in fp32, dense (without sparsity)
+    bandwidth: float | None  # 1e9 bytes/s of memory; None if it did not limit any measured step
+    memory: float  # 1e9 bytes; data sheets write GB
     watts: float | None  # board power
-    link: float  # 1e9 bytes a second that one GPU sends to its neighbours
+    link: float  # 1e9 bytes/s that one GPU sends to the others
     source: str
-    rates: Rates | None = None  # measured on real steps; takes the place of peak rates and an assumed efficiency
+    driver_names: tuple[str, ...] = ()  # as torch.cuda.get_device_name() reports the card
+    rates: Rates | None = None  # if measured: used instead of peak rates and an assumed efficiency
 
     def as_dict(self) -> dict:
         return asdict(self)
 
-    def tells_time_of(self, frozen_dtype: str) -> bool:
-        """Data sheets' rates are for bf16; measured ones for any base."""
+    def predicts_time_of(self, frozen_dtype: str) -> bool:
+        """Data sheets state rates for bf16, so they say nothing about an fp32 base; measured rates cover both."""
         return self.rates is not None or frozen_dtype != "fp32"
 
 
+# Sources: NVIDIA's data sheets; the GA102 and Ada white papers, appendix A, for GeForce cards. Data sheets from Hopper
+# and Ada on print rates with sparsity: these are half of them. PCIe 4.0 x16 is 32 GB/s each way, 5.0 is 64; data sheets
+# print NVLink both ways.
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-40g", 312, 1555, 40, 400, 300, "NVIDIA A100 data sheet, SXM 40 GB; NVLink 600 GB/s both ways"),
-        Device("a100-80g", 312, 2039, 80, 400, 300, "NVIDIA A100 data sheet, SXM 80 GB; NVLink 600 GB/s both ways"),
-        Device("h100-80g", 989, 3350, 80, 700, 450, "NVIDIA H100 data sheet, SXM; half of its figure with sparsity"),
-        Device("h200", 989, 4800, 141, 700, 450, "NVIDIA H200 data sheet, SXM; half of its figure with sparsity"),
-        Device("l4", 121, 300, 24, 72, 32, "NVIDIA L4 data sheet; half of its figure with sparsity; PCIe 4.0 x16"),
-        Device("rtx-3090", 71, 936, 24, 350, 32, "NVIDIA GA102 white paper, appendix A; PCIe 4.0 x16"),
-        Device("rtx-4090", 165.2, 1008, 24, 450, 32, "NVIDIA Ada white paper, appendix A; PCIe 4.0 x16"),
+        Device(
+            *("a100-40g", 312, 1555, 40, 400, 300, "NVIDIA A100 data sheet, SXM 40 GB; NVLink 600 GB/s both ways"),
+            driver_names=("A100-SXM4-40GB",),
+        ),
+        Device(
+            *("a100-80g", 312, 2039, 80, 400, 300, "NVIDIA A100 data sheet, SXM 80 GB; NVLink 600 GB/s both ways"),
+            driver_names=("A100-SXM4-80GB",),
+        ),
+        Device(
+            *("a100-pcie-40g", 312, 1555, 40, 250, 32, "NVIDIA A100 data sheet, PCIe 40 GB; PCIe 4.0 x16"),
+            driver_names=("A100-PCIE-40GB",),
+        ),
+        Device(
+            *("a100-pcie-80g", 312, 1935, 80, 300, 32, "NVIDIA A100 data sheet, PCIe 80 GB; PCIe 4.0 x16"),
+            driver_names=("A100 80GB PCIe",),
+        ),
+        Device(
+            *("h100-80g", 989, 3350, 80, 700, 450, "NVIDIA H100 data sheet, SXM; NVLink 900 GB/s both ways"),
+            driver_names=("H100 80GB HBM3",),
+        ),
+        Device(
+            *("h100-pcie", 756, 2000, 80, 350, 64, "NVIDIA H100 data sheet, PCIe; PCIe 5.0 x16"),
+            driver_names=("H100 PCIe",),
+        ),
+        Device(
+            *("h100-nvl", 835, 3900, 94, 400, 300, "NVIDIA H100 data sheet, NVL; NVLink bridge 600 GB/s both ways"),
+            driver_names=("H100 NVL",),
+        ),
+        Device(
+            *("h200", 989, 4800, 141, 700, 450, "NVIDIA H200 data sheet, SXM; NVLink 900 GB/s both ways"),
+            driver_names=("H200",),
+        ),
+        Device(
+            *("h200-nvl", 835, 4800, 141, 600, 450, "NVIDIA H200 data sheet, NVL; NVLink bridge 900 GB/s both ways"),
+            driver_names=("H200 NVL",),
+        ),
+        Device(
+            *("a10", 125, 600, 24, 150, 32, "NVIDIA A10 data sheet; PCIe 4.0 x16"),
+            driver_names=("A10",),
+        ),
+        Device(
+            *("l4", 121, 300, 24, 72, 32, "NVIDIA L4 data sheet; PCIe 4.0 x16"),
+            driver_names=("L4",),
+        ),
+        Device(
+            *("l40", 181, 864, 48, 300, 32, "NVIDIA L40 data sheet; PCIe 4.0 x16"),
+            driver_names=("L40",),
+        ),
+        Device(
+            *("l40s", 362, 864, 48, 350, 32, "NVIDIA L40S data sheet; PCIe 4.0 x16"),
+            driver_names=("L40S",),
+        ),
+        Device(
+            *("rtx-3090", 71, 936, 24, 350, 32, "NVIDIA GA102 white paper, appendix A; PCIe 4.0 x16"),
+            driver_names=("GeForce RTX 3090",),
+        ),
+        Device(
+            *("rtx-4090", 165.2, 1008, 24, 450, 32, "NVIDIA Ada white paper, appendix A; PCIe 4.0 x16"),
+            driver_names=("GeForce RTX 4090",),
+        ),
     )
 }
 
 
-def device_given(tflops: float, bandwidth: float, memory: float) -> Device:
-    """One by its figures, in the units of Device; power unknown, and a link as PCIe 4.0 x16."""
+def find_device(driver_name: str) -> Device | None:
+    """The data sheet of a card on this machine, by the name that torch.cuda.get_device_name() reports.
+
+    The whole name must agree: an H100 PCIe is not an H100 SXM, and a laptop's RTX 4090 is not the desktop one. Old
+    drivers leave out the word NVIDIA. Returns None if there is no data sheet.
+    """
+    name = driver_name.removeprefix("NVIDIA ")
+    return next((device for device in DEVICES.values() if name in device.driver_names), None)
+
+
+def custom_device(tflops: float, bandwidth: float, memory: float) -> Device:
+    """A device by its figures, in the units of Device: without power, and with a link like PCIe 4.0 x16."""
     return Device("the device given", tflops, bandwidth, memory, None, 32, "figures given")
 
 
@@ -73,7 +141,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of "24GiB" (2**30), "24GB" or "24" (1e9).
 
     Raises:
-        UserError: it is no size.
+        UserError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|)", text.strip(), flags=re.IGNORECASE)
     if not found or not float(found[1]):

@@ -21,8 +21,8 @@ from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation import job as evaluation
 from lavin_ds.files import write_json
-from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.launcher import launch
+from lavin_ds.launching.arguments import TrainArguments
+from lavin_ds.launching.launcher import launch
 from lavin_ds.weights.export import export_adapter
 
 Progress = Callable[[str], AbstractContextManager]
@@ -95,7 +95,7 @@ class Quickstart:
             llama=self.base / "llama",
             clip=self.base / "vit.safetensors" if sees else None,
             out=self._run(recipe),
-            overrides=(f"training.seed={self.seed}",),
+            overrides=[f"training.seed={self.seed}"],
         )
         self._show(f"Train {name}", "train", *arguments.words())
         code = launch(arguments)

@@ -29,6 +29,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
 
 LOCK, STOP = ".lock", ".stop"
+SPLIT, VALIDATION_SPLIT = "train", "val"  # of the shards: what a run trains on and validates on
 
 
 class Inputs(BaseModel):

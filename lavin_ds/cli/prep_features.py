@@ -57,7 +57,9 @@ def features(
 
 
 def _launch(data: Path, clip: Path, recipe: str, overrides: list[str], ranks: int, overwrite: bool) -> None:
-    from lavin_ds.training.launcher import free_port, launch_command, run_to_the_end
+    from lavin_ds.launching.deepspeed_command import launch_command
+    from lavin_ds.launching.process import run_to_the_end
+    from lavin_ds.machine import free_port
 
     words = ["--data", str(data), "--clip", str(clip), "--recipe", recipe, *overrides]
     words += ["--overwrite"] if overwrite else []

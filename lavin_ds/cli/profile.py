@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from lavin_ds.cli import console
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.schema import check_manifest, load_manifest
+from lavin_ds.devices import DEVICES
 from lavin_ds.errors import UserError
 from lavin_ds.run import RunRecord, load_run
 
@@ -68,9 +69,7 @@ def profile(
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, here 1, or the run's ranks.")] = None,
     device: Annotated[
         str | None,
-        typer.Option(
-            help="GPU: a100-40g a100-80g h100-80g h200 l4 rtx-3090 rtx-4090; here: this CPU. Default: a100-80g."
-        ),
+        typer.Option(help=f"GPU: {' '.join(DEVICES)}; here: this CPU. Default: a100-80g."),
     ] = None,
     tflops: Annotated[float | None, typer.Option(help="Of a device of your own, with the next two.")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="Its memory's, GB a second.")] = None,
@@ -151,7 +150,7 @@ def _report(
     speed = _reached(record, run, device, finished, efficiency) if record else None
     with console.err.status("simulating a training step"):
         if at_its_speed:
-            if not device.tells_time_of(record.config.model.frozen_dtype):
+            if not device.predicts_time_of(record.config.model.frozen_dtype):
                 raise UserError(
                     f"The base of {run} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
                     "this CPU."
@@ -174,7 +173,7 @@ def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
 
     if not ran_on(device, finished.peak_device_bytes is not None):
         return None
-    if not device.tells_time_of(record.config.model.frozen_dtype):
+    if not device.predicts_time_of(record.config.model.frozen_dtype):
         return None
     training_set = _training_set(record.config, record, None)
     if training_set is None:
@@ -183,7 +182,7 @@ def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
 
 
 def _device(name: str | None = None, figures=(None, None, None), link: float | None = None, gpus: int = 1):
-    from lavin_ds.devices import device_given
+    from lavin_ds.devices import custom_device
     from lavin_ds.profiling.calibrate import HERE, device_named
 
     given = [figure for figure in figures if figure is not None]
@@ -194,7 +193,7 @@ def _device(name: str | None = None, figures=(None, None, None), link: float | N
     if name == HERE:
         console.err.print("measuring a few training steps of small models on this CPU", highlight=False)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
-    device = device_given(*given) if given else device_named(name or DEFAULT_DEVICE, gpus)
+    device = custom_device(*given) if given else device_named(name or DEFAULT_DEVICE, gpus)
     return replace(device, link=link) if link else device
 
 

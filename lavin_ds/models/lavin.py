@@ -17,12 +17,11 @@ from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.adapters.modality import ModalityEmbedding
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import KVCache, Llama
 from lavin_ds.models.necks.base import build_neck
 from lavin_ds.models.trainable import Trainable, trainable_parameters
 from lavin_ds.models.vision import VisionTower
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Lavin(nn.Module):
@@ -41,13 +40,13 @@ class Lavin(nn.Module):
         # pixels' mean and deviation are the third, in VisionTower.
         self.batch_routed_vision = compat
         self.shifted_decoding = compat
-        dtype = DTYPES[config.frozen_dtype]
+        storage = STORAGES[config.frozen_dtype]
         llm, vision = config.llm, config.vision
         recompute_vision = activation_checkpointing is not False
-        self.llm = Llama(llm, config.llm_adapter, dtype, recomputed_layers(activation_checkpointing, llm.n_layers))
+        self.llm = Llama(llm, config.llm_adapter, storage, recomputed_layers(activation_checkpointing, llm.n_layers))
         self.vision = self.neck = self.modality = None
         if config.has_vit:
-            self.vision = VisionTower(vision, config.vision_adapter, dtype, recompute_vision, compat)
+            self.vision = VisionTower(vision, config.vision_adapter, storage, recompute_vision, compat)
         if vision:
             self.neck = build_neck(config.neck, vision, llm.dim)
         if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].load().routed:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
     scatter_to_model_parallel_region,
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
 from lavin_ds.models.adapters.base import build_adapters
 from lavin_ds.models.lean import rms_norm, swiglu
+from lavin_ds.models.linear import STORAGES, FrozenColumnLinear, FrozenRowLinear, Storage, leave_uninitialised
 from lavin_ds.parallel import tensor_parallel_size
 
 LOSS_CHUNK = 1024  # labelled rows whose logits exist at a time: 1024 * 32000 * 4 bytes = 131 MB
@@ -44,18 +45,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(previous)
-
-
-def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
-    return weight  # frozen weights are always loaded; drawing numbers first would cost minutes
-
-
-def _column(inputs: int, outputs: int) -> ColumnParallelLinear:
-    return ColumnParallelLinear(inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised)
-
-
-def _row(inputs: int, outputs: int) -> RowParallelLinear:
-    return RowParallelLinear(inputs, outputs, bias=False, input_is_parallel=True, init_method=_leave_uninitialised)
 
 
 @dataclass(frozen=True)
@@ -150,14 +139,14 @@ def _split(x_NGK: torch.Tensor, modalities: int, shape: tuple[int, int]) -> tupl
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, storage: Storage):
         super().__init__()
         self.head_dim = config.head_dim
         self.groups = config.n_heads // config.kv_heads  # query heads that share one key/value head
-        self.wq = _column(config.dim, config.n_heads * config.head_dim)
-        self.wk = _column(config.dim, config.kv_heads * config.head_dim)
-        self.wv = _column(config.dim, config.kv_heads * config.head_dim)
-        self.wo = _row(config.n_heads * config.head_dim, config.dim)
+        self.wq = FrozenColumnLinear(config.dim, config.n_heads * config.head_dim, storage)
+        self.wk = FrozenColumnLinear(config.dim, config.kv_heads * config.head_dim, storage)
+        self.wv = FrozenColumnLinear(config.dim, config.kv_heads * config.head_dim, storage)
+        self.wo = FrozenRowLinear(config.n_heads * config.head_dim, config.dim, storage)
 
     def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0, added=None):
         """`added`: by name of a projection (q, k, v), what an adapter adds to all of its output features; this rank
@@ -201,11 +190,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: W2 (silu(W1 x) * W3 x)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, storage: Storage):
         super().__init__()
-        self.w1 = _column(config.dim, config.ffn_dim)
-        self.w2 = _row(config.ffn_dim, config.dim)
-        self.w3 = _column(config.dim, config.ffn_dim)
+        self.w1 = FrozenColumnLinear(config.dim, config.ffn_dim, storage)
+        self.w2 = FrozenRowLinear(config.ffn_dim, config.dim, storage)
+        self.w3 = FrozenColumnLinear(config.dim, config.ffn_dim, storage)
 
     def forward(self, x_ND):
         return self.w2(swiglu(self.w1(x_ND), self.w3(x_ND)))
@@ -214,10 +203,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x += Attention(norm x); x += FFN(norm x), with adapters at the attachment points of models/adapters."""
 
-    def __init__(self, config: LlamaConfig, adapter: AdapterConfig):
+    def __init__(self, config: LlamaConfig, adapter: AdapterConfig, storage: Storage):
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.attention = Attention(config, storage)
+        self.feed_forward = FeedForward(config, storage)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         with default_dtype(torch.float32):
@@ -277,7 +266,7 @@ class Output(ColumnParallelLinear):
     """
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False, gather_output=False, init_method=_leave_uninitialised)
+        super().__init__(inputs, outputs, bias=False, gather_output=False, init_method=leave_uninitialised)
 
     def forward(self, h: torch.Tensor, target_N: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [..., V], of a tensor-parallel rank its part; or of rows [N, D] the sum of the cross-entropies."""
@@ -297,18 +286,18 @@ class Llama(nn.Module):
         self,
         config: LlamaConfig,
         adapter: AdapterConfig | None = None,
-        dtype: torch.dtype = torch.float32,
+        storage: Storage = STORAGES["fp32"],
         recomputed_layers: int = 0,
     ):
         super().__init__()
         self.config = config
         # The first ones: they are recomputed last, when what the others kept is already released.
         self.recomputed_layers = recomputed_layers
-        with default_dtype(dtype):
-            self.tok_embeddings = VocabParallelEmbedding(
-                config.vocab_size, config.dim, init_method=_leave_uninitialised
+        with default_dtype(storage.dtype):
+            self.tok_embeddings = VocabParallelEmbedding(config.vocab_size, config.dim, init_method=leave_uninitialised)
+            self.layers = nn.ModuleList(
+                Block(config, adapter or AdapterConfig(), storage) for _ in range(config.n_layers)
             )
-            self.layers = nn.ModuleList(Block(config, adapter or AdapterConfig()) for _ in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
             self.output = Output(config.dim, config.vocab_size)
 

@@ -16,15 +16,18 @@ from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
 from lavin_ds.models.adapters.base import build_adapters
 from lavin_ds.models.lean import QuickGELU
+from lavin_ds.models.linear import STORAGES, FrozenLinear, Storage
 from lavin_ds.models.llama import default_dtype
 
 ROWS = {"cls": slice(0, 1), "patches": slice(1, None), "all": slice(None)}  # of the S tokens, by VisionConfig.readout
 
 
-def _clip_layers(config: VisionConfig, dtype: torch.dtype) -> OpenClipVision:
-    """open_clip's ViT, uninitialised: no time, and none of the global random numbers, go into values that
-    are loaded anyway."""
-    with default_dtype(dtype), torch.device("meta"):
+def _clip_layers(config: VisionConfig, storage: Storage) -> OpenClipVision:
+    """open_clip's ViT, uninitialised: neither time nor global random numbers go into values that are loaded anyway.
+
+    Its attention and linear layers are replaced by ours.
+    """
+    with default_dtype(storage.dtype), torch.device("meta"):
         clip = OpenClipVision(
             image_size=config.image_size,
             patch_size=config.patch_size,
@@ -39,27 +42,31 @@ def _clip_layers(config: VisionConfig, dtype: torch.dtype) -> OpenClipVision:
     for module in clip.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+    for block in clip.transformer.resblocks:
+        block.attn = VisionAttention(config.width, config.heads, storage)
+        for name in ("c_fc", "c_proj"):
+            linear = getattr(block.mlp, name)
+            setattr(block.mlp, name, FrozenLinear(linear.in_features, linear.out_features, storage))
     return clip
 
 
 class VisionAttention(nn.Module):
-    """Self-attention with the parameters of torch's, by its names.
+    """Self-attention of the ViT.
 
     torch's own asks whether query, key and value are one tensor. Behind the hooks of ZeRO-3 they are three, and it cuts
     the gathered weight in three views, which keep the whole of it in memory until backward. It also works on
     [S, B, W], in which the product with a frozen weight is S small ones.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention):
+    def __init__(self, width: int, heads: int, storage: Storage):
         super().__init__()
-        self.heads = attention.num_heads
-        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
-        self.out_proj = attention.out_proj
+        self.heads = heads
+        self.in_proj = FrozenLinear(width, 3 * width, storage)
+        self.out_proj = FrozenLinear(width, width, storage)
 
     def qkv(self, z_BSW: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values [B, S, heads, W / heads]."""
-        qkv_BSE = F.linear(z_BSW, self.in_proj_weight, self.in_proj_bias)  # E: 3 * W
-        return qkv_BSE.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.in_proj(z_BSW).unflatten(-1, (3, self.heads, -1)).unbind(2)
 
     def forward(self, z_BSW: torch.Tensor) -> torch.Tensor:
         q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in self.qkv(z_BSW))
@@ -73,7 +80,6 @@ class VisionBlock(nn.Module):
 
     def __init__(self, clip: ResidualAttentionBlock, width: int, adapter: AdapterConfig, batch_routed: bool):
         super().__init__()
-        clip.attn = VisionAttention(clip.attn)
         self.clip = clip
         self.adapters = build_adapters(width, adapter)
         self.batch_routed = batch_routed
@@ -106,7 +112,7 @@ class VisionTower(nn.Module):
         self,
         config: VisionConfig,
         adapter: AdapterConfig | None = None,
-        dtype: torch.dtype = torch.float32,
+        storage: Storage = STORAGES["fp32"],
         activation_checkpointing: bool = False,
         compat: bool = False,
     ):
@@ -116,7 +122,7 @@ class VisionTower(nn.Module):
         self.read_blocks = set(config.readout.blocks(config.layers))
         self.kept_rows = ROWS[config.readout.rows]
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if compat else (CLIP_MEAN, CLIP_STD)
-        clip = _clip_layers(config, dtype)
+        clip = _clip_layers(config, storage)
         self.conv1 = clip.conv1
         self.class_embedding = clip.class_embedding
         self.positional_embedding = clip.positional_embedding

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from lavin_ds.config import Checkpointing, RunConfig, parse_config, recomputed_layers
-from lavin_ds.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
+from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
 from lavin_ds.errors import UserError
 from lavin_ds.profiling.calibrate import roofline_seconds
 from lavin_ds.profiling.layers import BASE, from_few_layers, parts_of, peak_components, with_parts
@@ -78,7 +78,7 @@ class Fit:
             return None
         clip = ["--clip", "ViT-L-14.pt"] if self.best.config.model.has_vit else []
         words = ["lavin-ds", "train", "--recipe", recipe, "--data", "shards", "--llama", "llama", *clip]
-        ranks = ["--ranks", str(gpus)] if gpus <= GPUS_OF_A_NODE else ["--hostfile", "hostfile"]
+        ranks = ["--ranks", str(gpus)] if gpus <= GPUS_PER_NODE else ["--hostfile", "hostfile"]
         return shlex.join([*words, "--out", f"runs/{Path(recipe).stem}", *ranks, *overrides, *self.best.changes])
 
     def as_dict(self) -> dict:

@@ -29,11 +29,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.data.collate import Batch
+from lavin_ds.machine import free_port
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.profiling.memory import Workload, make_batch
 from lavin_ds.training.engine import build_engine, start_distributed
-from lavin_ds.training.launcher import free_port
 
 # Of the environment of a process; glibc reads them as it starts (mallopt(3)).
 MALLOC_THAT_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}

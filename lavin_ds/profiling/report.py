@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin_ds.config import RunConfig, recomputed_layers
-from lavin_ds.devices import GB, GPUS_OF_A_NODE, OVERHEAD, Device
+from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
 from lavin_ds.models.counting import ParameterCount, count_parameters
 from lavin_ds.parallel import check_world
 from lavin_ds.profiling import paper
@@ -150,7 +150,7 @@ class Report:
         if self.time:
             notes.append(f"Time: {self.gpus} x {self.time.assumption}. {self._communication()}")
             notes.append(f"For the whole recipe: {self._totals()}.")
-        elif not self.device.tells_time_of(self.config.model.frozen_dtype):
+        elif not self.device.predicts_time_of(self.config.model.frozen_dtype):
             notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
         else:
             kind = self.config.data.prompt_format
@@ -165,7 +165,7 @@ class Report:
         time = self.time
         if not time.exchanged_bytes:
             return "Nothing is exchanged."
-        nodes = f", as if all {self.gpus} were in one node" if self.gpus > GPUS_OF_A_NODE else ""
+        nodes = f", as if all {self.gpus} were in one node" if self.gpus > GPUS_PER_NODE else ""
         return (
             f"Each GPU sends {time.exchanged_bytes / 1e6:,.0f} MB a step, "
             f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s{nodes}."
@@ -232,7 +232,7 @@ def make_report(
     """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
     check_world(gpus, config.tensor_parallel)
     time = None
-    if training_set and device.tells_time_of(config.model.frozen_dtype):
+    if training_set and device.predicts_time_of(config.model.frozen_dtype):
         time = estimate(config, training_set, device, gpus, efficiency, price)
     return Report(
         config=config,

@@ -25,7 +25,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_local_optimizer_state,
+)
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import nn
@@ -298,12 +303,10 @@ def _set_moment(engine, parameter: nn.Parameter, moment: str, value: torch.Tenso
     if stage == 0:
         engine.optimizer.state[parameter][moment].copy_(value)
     elif stage == 3:
-        # DeepSpeed's own setter fails where the ranks do not divide the parameter: its last part is padded.
-        part, _ = engine.optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=moment
-        )
-        rank = engine.optimizer._get_param_partition_rank(parameter)
-        padded = F.pad(value.flatten(), (0, part.numel() * (rank + 1)))
-        part.copy_(padded.narrow(0, part.numel() * rank, part.numel()))
+        # safe_set_full_optimizer_state fails if the ranks do not divide the parameter: its last part is padded.
+        part = safe_get_local_optimizer_state(parameter, moment).numel()
+        rank = dist.get_rank(engine.optimizer.dp_process_group)
+        padded = F.pad(value.flatten(), (0, part * (rank + 1)))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, part * rank, part), moment)
     else:
         parameter.set_full_hp_param(value, moment)

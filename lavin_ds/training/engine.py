@@ -14,10 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from lavin_ds.config import RunConfig, TrainingConfig
 from lavin_ds.data.sampler import micro_batches
 from lavin_ds.errors import UserError
+from lavin_ds.machine import free_port
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import TensorParallelUnit, data_parallel_size
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
-from lavin_ds.training.launcher import free_port
 
 FILE_MONITORS = ("tensorboard", "csv_monitor")
 

@@ -1,20 +1,18 @@
-"""Which share of the device's peak arithmetic a step reaches, where that peak is known.
+"""The share of a GPU's peak rate that a step reaches (model FLOP utilisation).
 
-Counted are the products with frozen matrices that the step's own tokens need: forward, and backward to the activations,
-which costs as much; frozen weights get no gradient. Not counted are attention (some 4% at 512 tokens of 7B), adapters,
-padding and recomputed activations: what is spent on those lowers the share.
+Counted are the products with frozen matrices for the step's own tokens: forward, and backward to the activations, which
+costs as much; frozen weights get no gradient. Attention (about 4% at 512 tokens of 7B), adapters, padding and
+recomputed activations are not counted, so time spent on them lowers the share.
 """
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from lavin_ds.config import LlamaConfig, ModelConfig, VisionConfig
-from lavin_ds.devices import DEVICES
+from lavin_ds.devices import find_device
 
-OPERATIONS = 4  # a weight and token: multiply and add, forward and backward
+OPERATIONS = 4  # per weight and token: multiply and add, forward and backward
 
 
 def step_flops(model: ModelConfig, tokens: int, labelled_tokens: int, images: int) -> float:
@@ -38,14 +36,8 @@ def _image_products(vision: VisionConfig) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that the data sheet promises in bf16; None for a CPU or an unknown GPU."""
-    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def named_peak(name: str) -> float | None:
-    """The same by the driver's name, for example "NVIDIA A100-SXM4-80GB"."""
-    for device in DEVICES.values():
-        model = re.sub(r"-\d+g$", "", device.name).replace("-", " ")  # memory sizes share a peak
-        if re.search(rf"\b{model}\b", name.lower()):
-            return device.tflops * 1e12
-    return None
+    """FLOP/s that the data sheet of the device states for bf16; None for a CPU, or a GPU without a data sheet here."""
+    if device.type != "cuda":
+        return None
+    sheet = find_device(torch.cuda.get_device_name(device))
+    return sheet and sheet.tflops * 1e12

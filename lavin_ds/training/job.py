@@ -18,12 +18,10 @@ from lavin_ds.config import RunConfig
 from lavin_ds.data.schema import manifest_sha256
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.files import write_json
-from lavin_ds.parallel import initialize_tensor_parallel
-from lavin_ds.run import RunRecord, hold
+from lavin_ds.run import SPLIT, VALIDATION_SPLIT, Inputs, RunRecord, hold
 from lavin_ds.training import checkpoint
-from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.console import TrainingConsole
-from lavin_ds.training.engine import build_engine, start_distributed
+from lavin_ds.training.engine import build_engine
 from lavin_ds.training.flops import peak_flops, step_flops
 from lavin_ds.training.loop import Loop, StepResult, TrainingDiverged, TrainingStopped
 from lavin_ds.training.metrics import (
@@ -34,8 +32,7 @@ from lavin_ds.training.metrics import (
     write_suspects,
     write_to_monitors,
 )
-from lavin_ds.training.preflight import SPLIT, VALIDATION_SPLIT, disk_check, refuse
-from lavin_ds.training.rank import StopSignal
+from lavin_ds.training.stop import StopSignal
 from lavin_ds.training.validation import Scores, Validation
 from lavin_ds.weights.adapter import base_warning, fill_trainable, save_adapter
 from lavin_ds.weights.base import build_model
@@ -54,36 +51,45 @@ EXIT_STOPPED = 143  # 128 + SIGTERM: stopped on request, state saved
 EXIT_DIVERGED = 3  # too many steps in a row without a finite loss or gradient
 
 
-def train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> int:
-    """Runs the training on this rank and returns the process's exit code. `config` comes from `preflight`.
+def train(config: RunConfig, inputs: Inputs, out: Path, resume: bool, device: torch.device, stop: StopSignal) -> int:
+    """Runs the training on this rank and returns the process's exit code. Process groups must exist.
+
+    out: the run directory. resume: go on from its newest checkpoint, if there is one.
 
     Raises:
-        UserError: on rank 0, if the run directory is in use or cannot be written, or the disk has no room.
+        UserError: on rank 0, the run directory is in use or cannot be written.
     """
-    device = start_distributed()
-    initialize_tensor_parallel(config.tensor_parallel)
     is_first = dist.get_rank() == 0
-    if is_first:
-        refuse([disk_check(arguments, config)])  # here, as it needs the model's code, which takes seconds to import
     console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
+    if device.type == "cuda" and peak_flops(device) is None:
+        name = torch.cuda.get_device_name(device)
+        console.say(f"lavin_ds/devices.py has no data sheet of {name}: the share of its peak rate is not shown.")
     try:
-        with hold(arguments.out, console.warn) if is_first else nullcontext():
-            return _train(arguments, config, device, stop, console)
+        with hold(out, console.warn) if is_first else nullcontext():
+            return _train(config, inputs, out, resume, device, stop, console)
     finally:
         console.close()
 
 
-def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole) -> int:
-    out, checkpoints = arguments.out, arguments.out / "checkpoints"
+def _train(
+    config: RunConfig,
+    inputs: Inputs,
+    out: Path,
+    resume: bool,
+    device: torch.device,
+    stop: StopSignal,
+    console: TrainingConsole,
+) -> int:
+    checkpoints = out / "checkpoints"
     is_first = dist.get_rank() == 0
     if is_first:
-        _record(arguments, config).save(out)
+        _record(config, inputs).save(out)
     console.say(f"Loading {config.name} on {dist.get_world_size()} {device.type} rank(s)")
-    start = checkpoint.load_newest_on_all_ranks(checkpoints, console.warn) if arguments.resume == "auto" else None
-    init = None if start else arguments.init_adapter
-    if init and is_first and (warning := base_warning(init, arguments.llama, arguments.clip)):
+    start = checkpoint.load_newest_on_all_ranks(checkpoints, console.warn) if resume else None
+    init = None if start else inputs.init_adapter
+    if init and is_first and (warning := base_warning(init, inputs.llama, inputs.clip)):
         console.warn(warning)
-    model = build_model(config, arguments.llama, arguments.clip, init, device)
+    model = build_model(config, inputs.llama, inputs.clip, init, device)
     at = start.at if start else checkpoint.START
     trainable = model.trainable()
     if start:
@@ -93,11 +99,11 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
     del start  # its tensors
-    loop = Loop(engine, config, ShardReader(arguments.data, SPLIT), device, at)
+    loop = Loop(engine, config, ShardReader(inputs.data, SPLIT), device, at)
     training = config.training
     validation = None
     if training.validate_every:
-        validation = Validation(engine, config, ShardReader(arguments.data, VALIDATION_SPLIT), device)
+        validation = Validation(engine, config, ShardReader(inputs.data, VALIDATION_SPLIT), device)
     metrics = MetricsFile(out / "metrics.jsonl", at.step) if is_first else None
     saved = at.step
 
@@ -141,7 +147,7 @@ def _train(arguments, config, device, stop: StopSignal, console: TrainingConsole
     memory = peak_memory(device)
     if is_first:
         features = loop.reader.manifest.features if config.model.vision_source == "cached" else None
-        base = (config, arguments.llama, arguments.clip, features.clip_sha256 if features else None)
+        base = (config, inputs.llama, inputs.clip, features.clip_sha256 if features else None)
         save_adapter(out / "adapter.safetensors", values, *base)
         if best := checkpoint.load_best(checkpoints, console.warn):
             save_adapter(out / "adapter-best.safetensors", best.values(), *base)
@@ -214,11 +220,11 @@ def _pick(record: dict, keys: tuple[str, ...]) -> dict:
     return {key: record[key] for key in keys}
 
 
-def _record(arguments: TrainArguments, config: RunConfig) -> RunRecord:
+def _record(config: RunConfig, inputs: Inputs) -> RunRecord:
     return RunRecord(
         config=config,
-        inputs=arguments.inputs(),
-        data_sha256=manifest_sha256(arguments.data, config.model.vision_source),
+        inputs=inputs,
+        data_sha256=manifest_sha256(inputs.data, config.model.vision_source),
         ranks=dist.get_world_size(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         git_revision=_git_revision(),

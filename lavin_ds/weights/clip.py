@@ -17,13 +17,14 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavin_ds.config import VisionConfig
 from lavin_ds.errors import UserError
 from lavin_ds.weights.llama import LoadReport
-from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tensors
+from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
 
 if TYPE_CHECKING:  # torch and open_clip take seconds to import, and headers are checked without them
@@ -46,7 +47,7 @@ HF_BLOCK = {
     f"{ours}{kind}": [f"{theirs}.{kind}" for theirs in several]
     for kind in ("weight", "bias")
     for ours, several in {
-        "attn.in_proj_": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attn.in_proj.": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         "attn.out_proj.": ["self_attn.out_proj"],
         "ln_1.": ["layer_norm1"],
         "ln_2.": ["layer_norm2"],
@@ -121,8 +122,7 @@ class ClipFile:
         rows = 0
         for part in self.parts[name]:
             source = self.file.tensor(part)
-            into = target.narrow(0, rows, len(source)) if len(self.parts[name]) > 1 else target
-            into.copy_(source)
+            copy_in_bands(target.narrow(0, rows, len(source)), source)
             rows += len(source)
             self.file.release(source)
 
@@ -132,7 +132,7 @@ def _open_clip_parts(theirs: dict) -> dict[str, list[str]]:
     for part in theirs:
         _, visual, name = part.removeprefix("module.").rpartition("visual.")
         if visual:
-            parts[BLOCK.sub(r"blocks.\1.clip.\2", name)] = [part]
+            parts[BLOCK.sub(r"blocks.\1.clip.\2", name).replace("in_proj_", "in_proj.")] = [part]
     return parts
 
 
@@ -153,8 +153,8 @@ def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
     block = {
         "ln_1.weight": (W,),
         "ln_1.bias": (W,),
-        "attn.in_proj_weight": (3 * W, W),
-        "attn.in_proj_bias": (3 * W,),
+        "attn.in_proj.weight": (3 * W, W),
+        "attn.in_proj.bias": (3 * W,),
         "attn.out_proj.weight": (W, W),
         "attn.out_proj.bias": (W,),
         "ln_2.weight": (W,),
@@ -213,17 +213,15 @@ def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], 
     Raises:
         UserError: see check_clip.
     """
-    import torch
-
-    from lavin_ds.models.trainable import frozen_parameters
+    from lavin_ds.models.linear import fill_weight
 
     clip = check_clip(path, tower.config)
-    parameters = frozen_parameters(tower)
-    with torch.no_grad():
-        for done, (name, parameter) in enumerate(parameters.items(), start=1):
-            clip.copy(name, parameter.data)
-            if on_progress:
-                on_progress(done, len(parameters))
-    used = {part for name in parameters for part in clip.parts[name]}
+    names = tower_shapes(tower.config)
+    for done, name in enumerate(names, start=1):
+        owner, _, parameter = name.rpartition(".")
+        fill_weight(tower.get_submodule(owner), parameter, partial(clip.copy, name))
+        if on_progress:
+            on_progress(done, len(names))
+    used = {part for name in names for part in clip.parts[name]}
     unexpected = [part for part in clip.file.shapes if part not in used]
-    return LoadReport(matched=list(parameters), missing=[], unexpected=unexpected)
+    return LoadReport(matched=list(names), missing=[], unexpected=unexpected)

@@ -20,7 +20,7 @@ import torch
 from lavin_ds.config import LlamaConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
-from lavin_ds.weights.llama import HuggingFaceLlama, MetaLlama, Slice, check_llama, llama_shapes, open_llama
+from lavin_ds.weights.llama import HuggingFaceLlama, MetaLlama, check_llama, llama_shapes, open_llama
 from lavin_ds.weights.tensor_files import save_tensors
 
 FILE_BYTES = 1_000_000_000
@@ -132,7 +132,7 @@ def _sum(
     total = source.clone()
     file.release(source)
     added = torch.empty(shape, dtype=total.dtype)
-    base.copy(name, added, Slice(0, 0, shape[0]), shape, config.head_dim)
+    base.copy(name, tuple(slice(0, size) for size in shape), shape, config.head_dim, added)
     if name.endswith(HuggingFaceLlama.ROTATED):
         # Meta's neighbouring pairs apart: the inverse of what HuggingFaceLlama.copy does.
         added = added.view(-1, config.head_dim // 2, 2, shape[1]).transpose(1, 2).reshape(shape)

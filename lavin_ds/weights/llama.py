@@ -15,12 +15,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavin_ds.config import LlamaConfig, RopeScaling
 from lavin_ds.errors import UserError
-from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, open_tensors
+from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +48,7 @@ class LoadReport:
         return text
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The part of a tensor that a tensor-parallel rank holds: `length` from `start` on along `dim`."""
-
-    dim: int
-    start: int
-    length: int
+Part = tuple[slice, ...]  # of a tensor: from where to where in every dimension
 
 
 class MetaLlama:
@@ -101,26 +96,23 @@ class MetaLlama:
         split = [d for d in range(len(whole)) if len(shape) == len(whole) and shape[d] != whole[d]]
         return split[0] if len(split) == 1 and shape[split[0]] * n == whole[split[0]] else None
 
-    def copy(self, name: str, target: torch.Tensor, part: Slice, whole: tuple[int, ...], head_dim: int) -> None:
+    def copy(self, name: str, part: Part, whole: tuple[int, ...], head_dim: int, target: torch.Tensor) -> None:
         """Fills `target` with that part of a tensor whose whole shape is `whole`."""
         split = self._split_dim(self.shapes[name], whole)
-        for number, shard in enumerate(self.shards if split is not None else self.shards[:1]):
-            source, into = shard.tensor(name), target
-            if split is None or split != part.dim:
-                if split is not None:  # split one way in the file and another over the ranks
-                    width = source.shape[split]
-                    into = target.narrow(split, number * width, width)
-                source = source.narrow(part.dim, part.start, part.length)
-            else:
-                offset = number * source.shape[split]
-                first = max(part.start, offset)
-                last = min(part.start + part.length, offset + source.shape[split])
-                if first >= last:
-                    continue
-                source = source.narrow(split, first - offset, last - first)
-                into = target.narrow(split, first - part.start, last - first)
-            into.copy_(source)
-            shard.release(source)
+        if split is None:  # every shard holds all of it
+            source = self.shards[0].tensor(name)
+            copy_in_bands(target, source[part])
+            self.shards[0].release(source)
+            return
+        width, wanted = self.shapes[name][split], part[split]
+        for number, shard in enumerate(self.shards):
+            offset = number * width
+            first, last = max(wanted.start, offset), min(wanted.stop, offset + width)
+            if first < last:
+                source = shard.tensor(name)
+                here = (*part[:split], slice(first - offset, last - offset), *part[split + 1 :])
+                copy_in_bands(target.narrow(split, first - wanted.start, last - first), source[here])
+                shard.release(source)
 
 
 class HuggingFaceLlama:
@@ -206,18 +198,18 @@ class HuggingFaceLlama:
                 f"{list(expected)}."
             )
 
-    def copy(self, name: str, target: torch.Tensor, part: Slice, whole: tuple[int, ...], head_dim: int) -> None:
+    def copy(self, name: str, part: Part, whole: tuple[int, ...], head_dim: int, target: torch.Tensor) -> None:
         """Fills `target` with that part of a tensor."""
         theirs = self.names[name]
         file = self.file_of[theirs]
-        source = file.tensor(theirs).narrow(part.dim, part.start, part.length)
+        source = file.tensor(theirs)
+        wanted = source[part]
         if name.endswith(self.ROTATED):
             # Hugging Face keeps a head's even features before its odd ones, Meta as neighbours. A rank holds whole
             # heads, so every slice can be put back by itself.
-            pairs = source.unflatten(0, (-1, 2, head_dim // 2))
-            target.view(-1, head_dim // 2, 2, target.shape[1]).copy_(pairs.transpose(1, 2))
-        else:
-            target.copy_(source)
+            wanted = wanted.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
+            target = target.view(-1, head_dim // 2, 2, target.shape[1])
+        copy_in_bands(target, wanted)
         file.release(source)
 
 
@@ -286,33 +278,18 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
     Raises:
         UserError: see check_llama.
     """
-    import torch
-    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-
-    from lavin_ds.models.trainable import frozen_parameters
-    from lavin_ds.parallel import tensor_parallel_rank, tensor_parallel_size
+    from lavin_ds.models.linear import fill_weight, held_part
 
     files = check_llama(path, model.config)
     wholes = llama_shapes(model.config)
-    split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
-    split_dims = {
-        f"{owner}.weight": dim
-        for owner, module in model.named_modules()
-        for kind, dim in split_dim.items()
-        if isinstance(module, kind)
-    }
-    parameters = frozen_parameters(model)
-    with torch.no_grad():
-        for done, (name, parameter) in enumerate(parameters.items(), start=1):
-            part = Slice(0, 0, wholes[name][0])
-            if name in split_dims and tensor_parallel_size() > 1:
-                dim = split_dims[name]
-                part = Slice(dim, tensor_parallel_rank() * parameter.shape[dim], parameter.shape[dim])
-            files.copy(name, parameter.data, part, wholes[name], model.config.head_dim)
-            if on_progress:
-                on_progress(done, len(parameters))
-    unexpected = [name for name in files.names if name not in parameters]
-    return LoadReport(matched=list(parameters), missing=[], unexpected=unexpected)
+    for done, (name, whole) in enumerate(wholes.items(), start=1):
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        part = held_part(owner, whole)
+        fill_weight(owner, "weight", partial(files.copy, name, part, whole, model.config.head_dim))
+        if on_progress:
+            on_progress(done, len(wholes))
+    unexpected = [name for name in files.names if name not in wholes]
+    return LoadReport(matched=list(wholes), missing=[], unexpected=unexpected)
 
 
 def _compare(files: MetaLlama | HuggingFaceLlama, config: LlamaConfig) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+BAND_BYTES = 1 << 24
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -162,6 +163,17 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path)
     raise UserError(f"{path} is neither .safetensors nor one of {', '.join(TORCH_SUFFIXES)}.")
+
+
+def copy_in_bands(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target.copy_(source), BAND_BYTES at a time along dimension 0.
+
+    Where the devices differ and so does the dtype or the layout, torch first makes a copy of the source in host memory.
+    So that copy is a band, not the tensor.
+    """
+    rows = max(1, BAND_BYTES * len(source) // max(1, source.nbytes))
+    for into, band in zip(target.split(rows), source.split(rows), strict=True):
+        into.copy_(band)
 
 
 def _release(tensor: torch.Tensor) -> None:

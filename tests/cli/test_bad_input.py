@@ -14,8 +14,9 @@ import pytest
 import lavin_ds
 from lavin_ds.cli import main
 from lavin_ds.config import load_recipe
-from lavin_ds.training import launcher
-from lavin_ds.training.launcher import free_port, train_command
+from lavin_ds.launching import deepspeed_command, launcher
+from lavin_ds.launching.deepspeed_command import launch_command
+from lavin_ds.machine import free_port
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -62,7 +63,7 @@ def test_the_installed_command_exits_with_2_and_one_sentence(tiny_shards, tmp_pa
 
 def test_bare_deepspeed_says_the_sentence_once_for_all_ranks(tiny_shards, tmp_path):
     words = words_of(tiny_shards, tmp_path / "run", llama="nowhere")[1:]
-    done = subprocess.run(train_command(2, None, free_port(), words), capture_output=True, text=True)
+    done = subprocess.run(launch_command("train.py", 2, None, free_port(), words), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -131,7 +132,7 @@ def test_resuming_with_another_recipe_names_the_key(train, tiny_shards, tmp_path
 
 
 def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "local_ranks", lambda: 2)
+    monkeypatch.setattr(deepspeed_command, "local_ranks", lambda: 2)
     monkeypatch.setattr(launcher, "run_to_the_end", lambda command, _: sys.exit(" ".join(command)))
     command = str(train(tiny_shards, tmp_path / "run").code)
     assert "--num_gpus 2" in command and "train.py --recipe tiny" in command
@@ -140,7 +141,7 @@ def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp
 def test_a_run_is_checked_without_importing_torch(tiny_shards, tmp_path):
     """Seconds of a wait that nobody needs: the files of a run are compared with its recipe by their headers."""
     said = (
-        "import sys; from lavin_ds.cli import main; from lavin_ds.training import launcher\n"
+        "import sys; from lavin_ds.cli import main; from lavin_ds.launching import launcher\n"
         "heavy = {'torch', 'transformers', 'deepspeed'}\n"
         "launcher.run_to_the_end = lambda *_: sys.exit(' '.join(heavy & set(sys.modules)))\n"
         "main.run()"

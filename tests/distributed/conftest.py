@@ -17,8 +17,9 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import ScienceQA
-from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.launcher import free_port, train_command
+from lavin_ds.launching.arguments import TrainArguments
+from lavin_ds.launching.deepspeed_command import launch_command
+from lavin_ds.machine import free_port
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
 
@@ -64,13 +65,13 @@ class Workplace:
             llama=self.folder / llama,
             clip=self.folder / "vit.safetensors",
             out=self.folder / "runs" / name,
-            overrides=overrides,
+            overrides=list(overrides),
             **more,
         )
 
     def command(self, name: str, ranks: int, *overrides: str, **more) -> list[str]:
         """What `lavin-ds train` starts."""
-        return train_command(ranks, None, free_port(), self.arguments(name, *overrides, **more).words())
+        return launch_command("train.py", ranks, None, free_port(), self.arguments(name, *overrides, **more).words())
 
     def train(self, name: str, ranks: int, *overrides: str, code: int = 0, spy: Spy = NO_SPY, **more) -> Run:
         """Trains and waits; fails the test with what was printed unless rank 0 ended with `code`, and the others too

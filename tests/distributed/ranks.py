@@ -38,7 +38,7 @@ class Spy:
 
 def run_ranks(world: int, arguments, log: Path, spy: Spy) -> list[int]:
     """Trains on `world` gloo ranks as launch/train.py does; returns their exit codes. They print to `log`."""
-    from lavin_ds.training.launcher import free_port
+    from lavin_ds.machine import free_port
 
     given = (world, free_port(), arguments, log, spy)
     ranks = [_SERVER.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(world)]
@@ -54,7 +54,7 @@ def run_ranks(world: int, arguments, log: Path, spy: Spy) -> list[int]:
 
 def in_ranks(world: int, work, *args) -> None:
     """Calls `work(*args)` on each of `world` ranks, and raises what it raises."""
-    from lavin_ds.training.launcher import free_port
+    from lavin_ds.machine import free_port
 
     given = (world, free_port(), work, args)
     torch.multiprocessing.start_processes(_call, given, nprocs=world, start_method="forkserver")
@@ -75,8 +75,8 @@ def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> N
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    from lavin_ds.launching.rank import end, run
     from lavin_ds.training import checkpoint, feed
-    from lavin_ds.training.rank import end, run
 
     if spy.file_size_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (spy.file_size_limit, spy.file_size_limit))

@@ -2,7 +2,7 @@
 
 import sys
 
-from lavin_ds.training.launcher import run_to_the_end
+from lavin_ds.launching.process import run_to_the_end
 
 if __name__ == "__main__":
     sys.exit(run_to_the_end(sys.argv[1:]))

@@ -11,7 +11,8 @@ import pytest
 from lavin_ds.config import load_recipe
 from lavin_ds.data.schema import load_manifest
 from lavin_ds.data_prep import features
-from lavin_ds.training.launcher import free_port, launch_command
+from lavin_ds.launching.deepspeed_command import launch_command
+from lavin_ds.machine import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from ranks import in_ranks
 
 from lavin_ds.config import load_recipe
 from lavin_ds.errors import UserError
-from lavin_ds.training.arguments import TrainArguments
+from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.training.checkpoint import (
     Position,
     _write,

@@ -3,6 +3,7 @@ import torch
 import transformers
 
 from lavin_ds.config import LlamaConfig, RopeScaling
+from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import KVCache, Llama
 from lavin_ds.models.meta import OnMeta
 from lavin_ds.weights.llama import llama_shapes, load_llama
@@ -21,8 +22,6 @@ def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
     """Hugging Face's model with random weights, and ours loaded from what it saved."""
     torch.manual_seed(0)
     rope = {"rope_parameters": {"rope_theta": rope_theta, **(scaling or {"rope_type": "default"})}}
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        rope = {"rope_theta": rope_theta, "rope_scaling": scaling}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **SHAPE,
@@ -143,6 +142,6 @@ def test_the_published_shapes_have_as_many_parameters_as_published(name):
     dim, n_layers, n_heads, ffn_dim, rest, published = SHAPES[name]
     config = LlamaConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=ffn_dim, **rest)
     with OnMeta():
-        model = Llama(config, dtype=torch.bfloat16)
+        model = Llama(config, storage=STORAGES["bf16"])
     assert sum(p.numel() for p in model.parameters()) == published
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == llama_shapes(config)

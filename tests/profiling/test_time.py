@@ -11,7 +11,7 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import ScienceQA
-from lavin_ds.devices import DEVICES, parse_bytes
+from lavin_ds.devices import DEVICES
 from lavin_ds.errors import UserError
 from lavin_ds.models.counting import count_parameters
 from lavin_ds.profiling.calibrate import device_named
@@ -98,10 +98,3 @@ def test_what_zero3_sends_is_that_of_the_whole_model(tiny, tmp_path):
 def test_unknown_devices_are_refused_by_name():
     with pytest.raises(UserError, match="a100-80g"):
         device_named("abacus")
-
-
-@pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("24 GB", 24_000_000_000), ("80", 80_000_000_000)])
-def test_sizes_are_read_with_their_units(text, size):
-    assert parse_bytes(text) == size
-    with pytest.raises(UserError, match="no amount of memory"):
-        parse_bytes("a lot")

@@ -72,10 +72,12 @@ def write_meta(folder: Path, model: Lavin, shards: int, embedding_dim: int = 1) 
 def write_clip(file: Path, model: Lavin) -> Path:
     """open_clip's layout: the tower under `visual.`, one block more than is read out, and a text tower."""
     names = {n: p.detach() for n, p in model.vision.named_parameters() if ".adapters." not in n}
-    state = {
-        "visual." + name.replace("blocks.", "transformer.resblocks.").replace(".clip.", "."): tensor.clone()
-        for name, tensor in names.items()
-    }
+    theirs = {"blocks.": "transformer.resblocks.", ".clip.": ".", "in_proj.": "in_proj_"}
+    state = {}
+    for name, tensor in names.items():
+        for ours, official in theirs.items():
+            name = name.replace(ours, official)
+        state[f"visual.{name}"] = tensor.clone()
     last = "visual.transformer.resblocks.1."
     state |= {name.replace(".1.", ".2."): torch.zeros_like(t) for name, t in state.items() if name.startswith(last)}
     state |= {"visual.proj": torch.zeros(32, 8), "token_embedding.weight": torch.zeros(50, 8)}

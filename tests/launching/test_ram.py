@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lavin_ds.training.ram import free_ram
+from lavin_ds.launching.ram import free_ram
 
 GIB = 2**30
 
@@ -65,7 +65,7 @@ def test_in_a_real_group():
         (group / "memory.limit_in_bytes").write_text(str(GIB))
         program = (
             f"open('{group}/cgroup.procs', 'w').write('0'); "
-            "from lavin_ds.training.ram import free_ram; print(free_ram())"
+            "from lavin_ds.launching.ram import free_ram; print(free_ram())"
         )
         shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
         assert GIB - 64 * 2**20 < int(shown.stdout) <= GIB

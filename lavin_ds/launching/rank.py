@@ -8,65 +8,30 @@ from __future__ import annotations
 import errno
 import os
 import re
-import select
 import signal
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 
+from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
+from lavin_ds.launching.arguments import TrainArguments
+from lavin_ds.launching.checks import refuse
+from lavin_ds.launching.preflight import preflight
 from lavin_ds.run import STOP
-from lavin_ds.training.arguments import TrainArguments
-from lavin_ds.training.preflight import preflight
+from lavin_ds.training.stop import StopSignal
 
-LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by lavin_ds.training.launcher
+LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by launching/process.py
 LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5  # for the launcher to end the ranks that a failed one leaves behind
 STOP_SECONDS = 30  # to finish a step and save; as long as DeepSpeed's launcher gives a rank
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "tcpstore")
-
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT and Slurm's SIGUSR1 into a wish to stop after the current step; the file RUN/.stop, too.
-
-    received: the signal's number. heeded: the training asks at every step, so there is something to save. over: the
-    training has ended, and only the process's own end is left.
-    """
-
-    def __init__(self, file: Path | None = None):
-        self.received, self.heeded, self.over = 0, False, False
-        self.file = file
-        self._arrivals, arrivals = os.pipe()
-        os.set_blocking(arrivals, False)
-        signal.set_wakeup_fd(arrivals, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame) -> None:
-        self.received = number
-
-    def is_wanted(self) -> bool:
-        """Asked once a step."""
-        self.heeded = True
-        return bool(self.received) or (self.file is not None and self.file.exists())
-
-    def sleep(self, seconds: float) -> None:
-        """Sleeps, or until a signal comes, which is noted even while the main thread waits in a collective: there
-        Python runs no handler."""
-        if select.select([self._arrivals], [], [], seconds)[0]:
-            self.received = os.read(self._arrivals, 1)[0]
-
-    def end(self) -> None:
-        self.over = True
-        if self.file:
-            self.file.unlink(missing_ok=True)
 
 
 def run(arguments: TrainArguments) -> int:
@@ -78,9 +43,7 @@ def run(arguments: TrainArguments) -> int:
     watch_launchers(stop)
     try:
         config = preflight(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-        from lavin_ds.training.job import train
-
-        return train(arguments, config, stop)
+        return _train(arguments, config, stop)
     except UserError as error:
         if rank != "0":
             _wait(stop)  # rank 0 says the same, unless it is this node's trouble alone
@@ -95,6 +58,19 @@ def run(arguments: TrainArguments) -> int:
             _wait(stop)
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
         return 1
+
+
+def _train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> int:
+    from lavin_ds.launching.resources import disk_check
+    from lavin_ds.parallel import initialize_tensor_parallel
+    from lavin_ds.training.engine import start_distributed
+    from lavin_ds.training.job import train
+
+    device = start_distributed()
+    initialize_tensor_parallel(config.tensor_parallel)
+    if os.environ["RANK"] == "0":
+        refuse([disk_check(arguments.out, config)])
+    return train(config, arguments.inputs(), arguments.out, arguments.resume == "auto", device, stop)
 
 
 def _wait(stop: StopSignal) -> None:

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
-from lavin_ds.training.launcher import free_port
-from lavin_ds.training.rank import is_launcher
+from lavin_ds.launching.rank import is_launcher
+from lavin_ds.machine import free_port
 
 STUCK = """
 import ctypes, os, sys, time
-from lavin_ds.training.rank import StopSignal, end, watch_launchers
+from lavin_ds.launching.rank import end, watch_launchers
+from lavin_ds.training.stop import StopSignal
 watch_launchers(StopSignal())
 if os.environ["RANK"] == "1":
     time.sleep(1)

@@ -17,11 +17,12 @@ import lavin_ds
 from lavin_ds.cli.main import app
 from lavin_ds.config import config_keys, load_recipe
 from lavin_ds.errors import UserError
+from lavin_ds.launching.deepspeed_command import hostfile_ranks
+from lavin_ds.launching.resources import disk_check, loading_check
+from lavin_ds.launching.resume import FREE_ON_RESUME
 from lavin_ds.models.counting import count_parameters
 from lavin_ds.run import check_free, hold
-from lavin_ds.training.arguments import TrainArguments
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
-from lavin_ds.training.preflight import FREE_ON_RESUME, disk_check, hostfile_ranks, loading_check
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -67,12 +68,11 @@ def test_data_that_is_missing_is_told_once_and_memory_all_the_same(validate):
 
 def test_a_disk_without_room_for_the_checkpoints_is_told_with_what_they_take(tmp_path, monkeypatch):
     config = load_recipe("tiny", ["training.keep_checkpoints=3", "training.validate_every=5"])
-    arguments = TrainArguments("tiny", tmp_path, tmp_path, None, tmp_path / "run")
     count = count_parameters(config)
     needed = 5 * count.checkpoint_bytes + 2 * count.adapter_file_bytes  # 3 kept, one being written, the best one
     for free, passed in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        check = disk_check(arguments, config)
+        check = disk_check(tmp_path / "run", config)
         assert check.passed == passed and f"{needed / 1e6:.1f} MB for 5 checkpoints" in check.found
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lavin_ds.errors import UserError
-from lavin_ds.training import launcher
+from lavin_ds.launching import deepspeed_command, process
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def machine(monkeypatch):
     """A machine whose GPUs CUDA_VISIBLE_DEVICES leaves so many of."""
 
     def have(gpus: int, visible: str | None):
-        monkeypatch.setattr(launcher, "gpus", lambda: gpus)
+        monkeypatch.setattr(deepspeed_command, "gpus", lambda: gpus)
+        monkeypatch.setattr(process, "gpus", lambda: gpus)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -41,7 +42,7 @@ def machine(monkeypatch):
 )
 def test_a_launch_takes_the_gpus_that_are_visible(machine, gpus, visible, words):
     machine(gpus, visible)
-    assert words in " ".join(launcher.train_command(2, None, 29500, []))
+    assert words in " ".join(deepspeed_command.launch_command("train.py", 2, None, 29500, []))
 
 
 @pytest.mark.parametrize(
@@ -56,15 +57,15 @@ def test_a_launch_takes_the_gpus_that_are_visible(machine, gpus, visible, words)
 def test_gpus_that_cannot_be_taken_are_told(machine, gpus, visible, said):
     machine(gpus, visible)
     with pytest.raises(UserError, match=said):
-        launcher.train_command(2, None, 29500, [])
+        deepspeed_command.launch_command("train.py", 2, None, 29500, [])
 
 
 def test_deepspeed_starts_the_ranks_on_the_visible_gpus(machine, monkeypatch):
     from deepspeed.launcher import runner
 
     machine(2, "2,3")
-    command = launcher.train_command(2, None, 29500, ["--recipe", "x"])
-    monkeypatch.setattr(runner.os, "environ", launcher._environment() | {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4"})
+    command = deepspeed_command.launch_command("train.py", 2, None, 29500, ["--recipe", "x"])
+    monkeypatch.setattr(runner.os, "environ", process._environment() | {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "4"})
     started = []
 
     def start(words, env):
@@ -80,7 +81,7 @@ def test_deepspeed_starts_the_ranks_on_the_visible_gpus(machine, monkeypatch):
 def test_ranks_on_other_nodes_are_asked_to_stop_then_ended_by_deepspeed(tmp_path):
     asked, stop = tmp_path / "asked", tmp_path / "run" / ".stop"
     deepspeed = ["bash", "-c", f"trap 'exit 7' TERM; touch {asked}; while :; do sleep 0.1; done"]
-    code = "import sys; from pathlib import Path; from lavin_ds.training.launcher import run_to_the_end as run\n"
+    code = "import sys; from pathlib import Path; from lavin_ds.launching.process import run_to_the_end as run\n"
     code += "sys.exit(run(sys.argv[2:], Path(sys.argv[1])))"
     launch = subprocess.Popen([sys.executable, "-c", code, str(stop), *deepspeed])
     for path in (asked, stop):

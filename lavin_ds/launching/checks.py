@@ -1,0 +1,31 @@
+"""One line of the checklist that `lavin-ds validate` prints and `lavin-ds train` refuses by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavin_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """found: what is there, or what is wrong and what to do about it."""
+
+    name: str
+    found: str
+    passed: bool
+
+
+def refuse(checks: list[Check]) -> None:
+    """Raises UserError if a check failed: its sentence, or a list of them."""
+    wrong = [check.found for check in checks if not check.passed]
+    if len(wrong) == 1:
+        raise UserError(wrong[0])
+    if wrong:
+        raise UserError(f"{len(wrong)} things are wrong:" + "".join(f"\n  {said}" for said in wrong))
+
+
+def nearest_folder(out: Path) -> Path:
+    """The folder itself, or the one that exists above it."""
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())

@@ -1,0 +1,78 @@
+"""`lavin-ds train` and `lavin-ds validate`: all checks of a run, then its start under `deepspeed`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from lavin_ds.errors import UserError
+from lavin_ds.launching.arguments import TrainArguments
+from lavin_ds.launching.deepspeed_command import count_ranks, launch_command, local_devices, local_ranks
+from lavin_ds.launching.preflight import Check, refuse, run_checks
+from lavin_ds.launching.process import run_to_the_end
+from lavin_ds.launching.resources import disk_check, loading_check, memory_check
+from lavin_ds.machine import free_port, gpus
+from lavin_ds.run import STOP
+
+
+def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> list[Check]:
+    """What `launch` would check, and the memory estimate on any machine."""
+    config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
+    if config:
+        checks.insert(1, _device(0 if hostfile else ranks or local_ranks()))
+        checks.append(disk_check(arguments.out, config))
+        if all(check.passed for check in checks if check.name in ("ranks", "DeepSpeed")):
+            total = count_ranks(ranks, hostfile)
+            here = local_ranks() if hostfile else total
+            if gpus():  # where there is none, it is a part of the memory that follows
+                checks.append(loading_check(config, here))
+            checks.append(memory_check(config, total, here))
+    return checks
+
+
+def _device(ranks: int) -> Check:
+    if count := gpus():
+        import torch
+
+        try:
+            local_devices(ranks)
+        except UserError as error:
+            return Check("devices", str(error), passed=False)
+        return Check("devices", f"{count} x {torch.cuda.get_device_name(0)} here", passed=True)
+    return Check("devices", "no GPU is visible here: ranks of this machine run on the CPU", passed=True)
+
+
+def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> int:
+    """Checks a run, starts it and waits for its end; returns the exit code.
+
+    Raises:
+        UserError: everything that the preflight finds wrong.
+    """
+    config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
+    refuse(checks)
+    total = count_ranks(ranks, hostfile)
+    if gpus():  # elsewhere it may take longer than the runs one tries there
+        here = local_ranks() if hostfile else total
+        refuse([loading_check(config, here), memory_check(config, total, here)])
+    before = _identity(arguments.out / "summary.json")
+    command = launch_command("train.py", total, hostfile, free_port(), arguments.words())
+    code = run_to_the_end(command, arguments.out / STOP if hostfile else None)
+    if code == 0 and _identity(arguments.out / "summary.json") == before:
+        # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
+        print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)
+        return 1
+    if code > 192:  # DeepSpeed's launcher ends with minus the signal's number, modulo 256
+        name = signal.Signals(256 - code).name
+        guess = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+        print(f"error: a rank was ended by {name}{guess}: go on with --resume auto", file=sys.stderr)
+    return code
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None

@@ -1,0 +1,78 @@
+"""Runs `deepspeed SCRIPT` and stays in charge of its processes.
+
+DeepSpeed's launcher kills its ranks on a signal, and leaves them running when it is killed itself. So the whole launch
+is a session of its own: signals go to the ranks, which finish their step and save, and when the launcher has ended,
+whatever is left of the session is ended too. Ranks on other nodes get no signal: a file in the run directory asks them
+to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from lavin_ds.launching.rank import LAUNCHER_PID
+from lavin_ds.machine import gpus
+
+SCRIPTS = ("train.py", "features.py")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
+    """Runs a launch in a session of its own; returns its exit code when nothing of it is left.
+
+    stop_file: asks ranks that no signal reaches, as they run on other nodes, to save and end.
+    """
+    if stop_file:
+        stop_file.unlink(missing_ok=True)
+    launcher = subprocess.Popen(command, start_new_session=True, env=_environment())
+    interrupts = 0
+
+    def forward(number, _frame):
+        nonlocal interrupts
+        ranks = _ranks(launcher.pid)
+        if stop_file and not ranks and not interrupts:
+            stop_file.parent.mkdir(parents=True, exist_ok=True)
+            stop_file.touch()
+        elif stop_file and not ranks and interrupts == 1:
+            launcher.terminate()  # DeepSpeed ends them where they are, by name: other launches there, too
+        elif interrupts or not ranks:  # a person who will not wait, or nothing to save
+            os.killpg(launcher.pid, signal.SIGKILL)
+        interrupts += number == signal.SIGINT
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def _environment() -> dict[str, str]:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
+    if gpus():
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include says it, and DeepSpeed would say that it ignores it
+    else:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
+    return environment
+
+
+def _ranks(launcher_pid: int) -> list[psutil.Process]:
+    """The processes of a launch that do its work: those that run the script, not those that start it."""
+    ranks = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher_pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(word.endswith(SCRIPTS) for word in process.cmdline()[1:3]):
+                    ranks.append(process)
+    return ranks
