@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavin_ds.config import RunConfig
@@ -50,3 +51,12 @@ def build_on_meta(config: RunConfig, make: Callable[..., Lavin] = Lavin) -> Lavi
             compat=config.compat is not None,
             activation_checkpointing=config.training.activation_checkpointing,
         )
+
+
+def allocate(model: nn.Module, names: Iterable[str], device: torch.device | str) -> None:
+    """Gives these parameters uninitialised memory on `device`."""
+    for name in list(names):
+        owner, _, own = name.rpartition(".")
+        on_meta = model.get_parameter(name)
+        parameter = nn.Parameter(torch.empty_like(on_meta, device=device), requires_grad=on_meta.requires_grad)
+        setattr(model.get_submodule(owner), own, parameter)

@@ -58,21 +58,28 @@ def build_model(
     Its adapters come from `adapter` (a .safetensors of ours, or a .pth of the LaVIN authors), or are new ones of
     the recipe's seed. Process groups must exist (lavin_ds.parallel); each tensor-parallel rank loads its slices.
 
+    Frozen weights go from the mapped files to `device` a few rows at a time: where that is a GPU, the process never
+    holds one of them in host memory.
+
     Raises:
         UserError: see check_inputs, load_adapter and import_official.
     """
-    from lavin_ds.models.lavin import Lavin
+    from lavin_ds.models.meta import allocate, build_on_meta
+    from lavin_ds.models.trainable import frozen_parameters
     from lavin_ds.weights.official import import_official
 
     check_inputs(config, llama, clip)
-    model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
-    # The adapters come first: they are small, so that one that does not fit is refused in seconds.
+    model = build_on_meta(config)
+    # The adapters come first: they are small, so that one that does not fit is refused in seconds. Their values are
+    # drawn on the CPU, which gives the same numbers everywhere.
+    allocate(model, model.trainable(), "cpu")
     if adapter is None:
         model.reset_trainable(config.training.seed)
     elif adapter.suffix == ".pth":
         import_official(model, adapter)
     else:
         load_adapter(model, adapter)
+    allocate(model, frozen_parameters(model), device)
     load_llama(model.llm, llama, _stage(on_progress, "LLaMA"))
     if model.vision is not None:
         load_clip(model.vision, clip, _stage(on_progress, "CLIP"))
