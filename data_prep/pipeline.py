@@ -29,7 +29,6 @@ from lavin_ds.data.schema import (
     MANIFEST_NAME,
     REJECTS_NAME,
     SCHEMA_VERSION,
-    TOKENIZER_NAME,
     FileEntry,
     ImageEntry,
     LengthCounts,
@@ -311,6 +310,7 @@ def _inputs(source: Source, listing: Listing, tokenizer: Tokenizer, config: RunC
         **{f"SHA-256 of {name}": digest for name, digest in listing.sha256.items()},
         "splits": ",".join(listing.splits),
         "SHA-256 of the tokenizer": tokenizer.sha256,
+        "BOS and EOS": f"{tokenizer.bos_id}, {tokenizer.eos_id}",
         **{f"prompt {key}": str(value) for key, value in PromptSettings.of(config).model_dump().items()},
         "image size": str(vision.image_size) if vision else "none",
         "data.image_resize": config.data.image_resize,
@@ -331,6 +331,7 @@ def _manifest(run: _Run, tokenizer: Tokenizer) -> Manifest:
         splits=run.splits,
         images=images,
         tokenizer=TokenizerEntry(
+            file=tokenizer.shard_name,
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             bos=tokenizer.bos_id,
@@ -344,8 +345,8 @@ def _manifest(run: _Run, tokenizer: Tokenizer) -> Manifest:
 
 def _write_descriptions(folder: Path, run: _Run, tokenizer: Tokenizer, manifest: Manifest) -> None:
     """What stands beside the shards: the tokenizer, the rejects, and last the manifest."""
-    shutil.copyfile(tokenizer.path, folder / TOKENIZER_NAME)
-    sync(folder / TOKENIZER_NAME)
+    shutil.copyfile(tokenizer.path, folder / tokenizer.shard_name)
+    sync(folder / tokenizer.shard_name)
     if rejects := run.rejects():
         lines = [json.dumps(asdict(reject), ensure_ascii=True) + "\n" for reject in rejects]
         write_atomically(folder / REJECTS_NAME, lambda path: path.write_text("".join(lines), encoding="utf-8"))

@@ -19,7 +19,6 @@ from lavin_ds.errors import UserError
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
 REJECTS_NAME = "rejects.jsonl"
 
 
@@ -112,7 +111,7 @@ class FeatureEntry(Section):
 
 
 class TokenizerEntry(Section):
-    file: str = Field(TOKENIZER_NAME, pattern=r"^[A-Za-z0-9._-]+$")
+    file: str = Field("tokenizer.model", pattern=r"^[A-Za-z0-9._-]+$")
     sha256: str
     vocab_size: int = Field(gt=0)
     bos: int = Field(ge=0)

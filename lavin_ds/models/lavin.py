@@ -16,8 +16,9 @@ from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.adapters.modality import ModalityEmbedding
+from lavin_ds.models.cache import Reads
 from lavin_ds.models.linear import STORAGES
-from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.models.llama import Llama
 from lavin_ds.models.necks import VisualNeck
 from lavin_ds.models.trainable import Trainable, trainable_parameters
 from lavin_ds.models.vision import VisionTower
@@ -102,14 +103,14 @@ class Lavin(nn.Module):
             return self.vision(everyone)[has_image_B]
         return self.vision(images)[batch.image_B[has_image_B]]
 
-    def hidden(self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
-        return self._through_llm(x_BTD, modality_B, positions, cache, batch.packed)
+        return self._through_llm(x_BTD, modality_B, positions=positions, packed=batch.packed)
 
-    def _through_llm(self, x_BTD, modality_B, positions=None, cache=None, packed=None):
+    def _through_llm(self, x_BTD, modality_B, **how):
         modality_MD = self.modality() if self.modality is not None else None
-        return self.llm(x_BTD, modality_MD, modality_B, positions, cache, packed)
+        return self.llm(x_BTD, modality_MD, modality_B, **how)
 
     def forward(
         self, batch: Batch, probe_B: torch.Tensor | None = None
@@ -127,23 +128,35 @@ class Lavin(nn.Module):
             return loss_sum, labels
         return loss_sum, labels, self.llm.logits(h_BTD.flatten(0, 1)[probe_B - 1])
 
-    def prefill(self, batch: Batch, new_tokens: int) -> tuple[torch.Tensor, KVCache, torch.Tensor]:
-        """Reads right-padded prompts; returns logits [B, V] of each one's next token, the cache with room for
-        `new_tokens` more, and the modality [B]."""
-        T = batch.ids_BT.shape[1]
-        cache = KVCache(T + new_tokens, batch.lengths_B)
-        positions = None
-        if self.shifted_decoding:
-            # Tokens behind the batch's shortest prompt stand one RoPE position too early (reference.md, section 7).
-            index_T = torch.arange(T, device=batch.ids_BT.device)
-            positions = index_T + (index_T < batch.lengths_B.min()).long()
-        x_BTD, modality_B = self.embed(batch)
-        h_BTD = self._through_llm(x_BTD, modality_B, positions, cache)
-        last_BD = h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), batch.lengths_B - 1]
-        return self.llm.logits(last_BD), cache, modality_B
+    @property
+    def sees(self) -> bool:
+        """Whether images are read; else every sample is text."""
+        return self.neck is not None
 
-    def decode(self, ids_B: torch.Tensor, cache: KVCache, modality_B: torch.Tensor) -> torch.Tensor:
-        """Reads one more token a sample; returns the logits [B, V] of the next."""
-        positions = cache.length_B[:, None] if self.shifted_decoding else None
-        h_BTD = self._through_llm(self.llm.embed(ids_B[:, None]), modality_B, positions, cache)
-        return self.llm.logits(h_BTD[:, 0])
+    @property
+    def visual_count(self) -> int:
+        """P, the number of visual tokens of an image."""
+        return self.config.visual_tokens
+
+    def visual_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Visual tokens [N, P, D] of images: uint8 pixels [N, S, S, 3], or features where these are cached."""
+        return self.neck(images if self.vision is None else self.vision(images))
+
+    def read(
+        self,
+        ids_N: torch.Tensor,
+        modality_B: torch.Tensor,
+        reads: Reads,
+        visual_row: torch.Tensor | None = None,
+        visual_ND: torch.Tensor | None = None,
+        positions_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [N, D] of tokens that go on from a cache, which holds them afterwards.
+
+        modality_B: 1 for each sequence with an image, else 0. visual_row: which of the ids are visual tokens, whose
+        embeddings are visual_ND. positions_N: RoPE positions, where they are not those of training.
+        """
+        x_ND = self.llm.embed(ids_N)
+        if visual_ND is not None:
+            x_ND[visual_row] = visual_ND.to(x_ND.dtype)
+        return self._through_llm(x_ND[None], modality_B, positions=positions_N, reads=reads)[0]

@@ -10,14 +10,16 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 
 from lavin_ds.config import RunConfig, load_recipe, parse_config
-from lavin_ds.data.collate import collate, prompt_batch
+from lavin_ds.data.collate import collate
 from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
+from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep import features
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
-from lavin_ds.evaluation.generate import generate
+from lavin_ds.generation.engine import Engine
+from lavin_ds.generation.request import Request
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.parallel import initialize_single_process
@@ -170,7 +172,11 @@ def test_a_training_step_and_an_answer_are_those_of_the_live_vit(shards, clip):
         visual_input = reader.visual_input(config.model.vision_source)
         loss, _ = model.train()(collate(rows, visual_input, reader.frame, 2))
         loss.backward()
-        answers = generate(model, prompt_batch(rows, visual_input, reader.frame, 2), 8, eos_id=2)
+        requests = [
+            Request(row.id, row.prompt_ids, visual_input(row.image) if row.image >= 0 else None, 8) for row in rows
+        ]
+        engine = Engine(model, Tokenizer(reader.directory / reader.manifest.tokenizer.file), slots=4, capacity=200)
+        answers = {answer.id: answer.ids for answer in engine.run(requests)}
         found.append((loss.item(), {n: p.grad for n, p in model.trainable().items()}, answers))
     (loss, gradients, answers), (cached_loss, cached_gradients, cached_answers) = found
     assert cached_loss == pytest.approx(loss, rel=1e-5) and cached_answers == answers
