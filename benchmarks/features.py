@@ -13,13 +13,14 @@ The ratio is that of the medians of ROUNDS turns. Exit code 1 if the job has les
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
+
+from harness import show, table
 
 import numpy as np
 import torch
@@ -145,12 +146,10 @@ def main(
         "ratio": whole / alone,
         "passed": whole / alone >= LIMIT,
     }
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(f"{images} images, ViT of {recipe}, {result['dtype']}, batches of {features.BATCH}, {device}")
-        print(f"  bare forward pass       {alone:8.2f} images/s")
-        print(f"  lavin-ds prep features  {whole:8.2f} images/s, {whole / alone:.2f} of it (limit {LIMIT})")
+    title = f"{images} images, ViT of {recipe}, {result['dtype']}, batches of {features.BATCH}, {device}"
+    rows = [["bare forward pass", f"{alone:.2f}", "1.00"]]
+    rows += [["lavin-ds prep features", f"{whole:.2f}", f"{whole / alone:.2f} (at least {LIMIT})"]]
+    show(result, as_json, table(title, ("", "images/s", "ratio"), rows))
     raise typer.Exit(0 if result["passed"] else 1)
 
 

@@ -14,7 +14,6 @@ Exit code 1 if, on one rank, less than 0.90 of the tokens count, or if a start t
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import tempfile
@@ -23,9 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+from harness import show
+
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lavin_ds.config import load_recipe
@@ -214,15 +214,14 @@ def main(
         shutil.rmtree(parent)
     one_rank = {c["method"]: c["counted_per_computed"] for c in cut if c["ranks"] == 1}
     passed = one_rank["sorted, equal work (default)"] >= ENOUGH and max(starts.values()) < SOON
-    if as_json:
-        print(json.dumps({"passed": passed, "padding": cut, "rows_per_second": reading, "start": starts}, indent=2))
-    else:
-        source = data or "ScienceQA, assumed"
-        Console().print(_table(cut, f"{len(lengths):,} samples ({source}), mean {lengths.mean():.0f} tokens"))
-        for n, rate in reading.items():
-            print(f"2 processes read and collate {rate:,.0f} random rows a second from {n:,}")
-        for step, seconds in starts.items():
-            print(f"first batch of step {step:,} of {rows:,} rows: {seconds:.2f} s after opening nothing")
+    source = data or "ScienceQA, assumed"
+    show(
+        {"passed": passed, "padding": cut, "rows_per_second": reading, "start": starts},
+        as_json,
+        _table(cut, f"{len(lengths):,} samples ({source}), mean {lengths.mean():.0f} tokens"),
+        *(f"2 processes read and collate {rate:,.0f} random rows a second from {n:,}" for n, rate in reading.items()),
+        *(f"first batch of step {step:,} of {rows:,} rows: {s:.2f} s after a cold start" for step, s in starts.items()),
+    )
     raise typer.Exit(0 if passed else 1)
 
 

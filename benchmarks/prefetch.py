@@ -10,17 +10,16 @@ asked for.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
+from harness import show, table
+
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import lavin_ds
 from lavin_ds.config import load_recipe
@@ -90,15 +89,11 @@ def main(
     """Measures what a step waits for its data."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), steps, step_ms / 1000)
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    table = Table(title=f"Waiting for the data of a step of {step_ms:.0f} ms", title_justify="left")
-    for name, justify in (("Drawn", "left"), ("Wait", "right"), ("Ratio", "right")):
-        table.add_column(name, justify=justify)
-    for name, wait in result["wait_ms"].items():
-        table.add_row(name, f"{wait:.2f} ms", f"{result['ratio_to_when_asked_for'][name]:.2f}")
-    Console().print(table)
+    ratios = result["ratio_to_when_asked_for"]
+    rows = [[name, f"{wait:.2f} ms", f"{ratios[name]:.2f}"] for name, wait in result["wait_ms"].items()]
+    show(
+        result, as_json, table(f"Waiting for the data of a step of {step_ms:.0f} ms", ("Drawn", "Wait", "Ratio"), rows)
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ Reading data is not in it: the micro-batch is made once.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+from harness import MALLOC_THAT_KEEPS, restart_with, show
 
 import numpy as np
 import torch
@@ -35,7 +32,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from lavin_ds.config import RunConfig, load_recipe
-from lavin_ds.profiling.measure import MALLOC_THAT_KEEPS, build, in_fresh_processes, measure_seconds, step
+from lavin_ds.profiling.measure import build, in_fresh_processes, measure_seconds, step
 from lavin_ds.profiling.memory import COMPONENTS, Workload, simulate
 
 MIDDLE = Workload(samples=4, length=256, image_fraction=0.5, labelled_fraction=0.7)
@@ -64,7 +61,7 @@ def config_of(layers: int = LAYERS, dtype: str = "bf16") -> RunConfig:
         "lavin-7b",
         [
             f"model.llm={{dim: 512, n_layers: {layers}, n_heads: 8, ffn_dim: 1376, vocab_size: 8192}}",
-            "model.vision={width: 128, layers: 8, heads: 2, patch_size: 14, image_size: 224, cls_every: 4}",
+            "model.vision={width: 128, layers: 8, heads: 2, patch_size: 14, image_size: 224, readout: {every: 4}}",
             f"model.frozen_dtype={dtype}",
         ],
     )
@@ -193,11 +190,7 @@ def main(
         peaks = [with_share(measured) for measured in middles]
     if plot_file:
         plot(points, peaks, plot_file)
-    if as_json:
-        print(json.dumps({"points": points, "peaks": peaks}, indent=2))
-    else:
-        for table in (points_table(points), peaks_table(peaks)):
-            Console().print(table)
+    show({"points": points, "peaks": peaks}, as_json, points_table(points), peaks_table(peaks))
 
 
 def middle(kind: str) -> int:
@@ -266,6 +259,5 @@ def plot(points: list[dict], peaks: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if not set(MALLOC_THAT_KEEPS.items()) <= set(os.environ.items()):  # glibc reads them as a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC_THAT_KEEPS)
+    restart_with(MALLOC_THAT_KEEPS)
     typer.run(main)

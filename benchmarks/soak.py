@@ -24,12 +24,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+from harness import MALLOC_THAT_RETURNS, show
 
 import numpy as np
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import lavin_ds
@@ -38,7 +37,6 @@ from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.sample import generate
 from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.launching.arguments import TrainArguments
-from lavin_ds.profiling.measure import MALLOC_THAT_RETURNS
 from lavin_ds.run import read_metrics
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
@@ -149,16 +147,13 @@ def main(
     else:
         with tempfile.TemporaryDirectory() as temporary:
             result = soak(Path(temporary), minutes * 60, every)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
+    show(result, as_json, results_table(result))
     if result["exit_code"] != STOPPED:
         sys.exit(f"the run did not end as asked, but with code {result['exit_code']}")
     raise typer.Exit(EXIT_CODES[result["verdict"]])
 
 
-def show(result: dict) -> None:
+def results_table(result: dict) -> Table:
     table = Table(title=f"{result['minutes']:.0f} minutes of training", title_justify="left", show_header=False)
     rows = [
         ("optimizer steps", f"{result['steps']:,}, {result['validations']:,} validations and checkpoints"),
@@ -169,7 +164,7 @@ def show(result: dict) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    return table
 
 
 if __name__ == "__main__":

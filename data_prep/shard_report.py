@@ -19,7 +19,6 @@ from lavin_ds.data.layout import lay_out
 from lavin_ds.data.sampler import assign, global_batch_indices
 from lavin_ds.data.schema import REJECTS_NAME, LengthCounts, Manifest, load_manifest
 from lavin_ds.data.shards import ShardReader
-from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 
 STEPS_LOOKED_AT = 200  # optimizer steps whose micro-batches are made
@@ -157,7 +156,6 @@ def view(directory: Path, split: str, sample: str | None = None, visual_tokens: 
     """
     reader = ShardReader(directory, split)
     visual = reader.manifest.prompt.visual_tokens if visual_tokens is None else visual_tokens
-    tokenizer = Tokenizer(Path(directory) / reader.manifest.tokenizer.file)
     row = reader.row(_find(reader, sample))
     ids, spans = (row.token_ids, row.label_spans) if len(row.label_spans) else (row.prompt_ids, np.zeros((0, 2)))
     has_image = row.image >= 0
@@ -174,7 +172,7 @@ def view(directory: Path, split: str, sample: str | None = None, visual_tokens: 
             kind = "prefix"
         else:
             kind = "label" if label >= 0 else "prompt"
-        text = tokenizer.piece(token)
+        text = reader.tokenizer.piece(token)
         if kind == "visual slot":
             text = f"v{i - layout.visual_start}"
         elif kind == "BOS":

@@ -42,7 +42,7 @@ def _command(source: type[Source]) -> Callable[..., None]:
 
     def run(
         *,
-        tokenizer: Annotated[Path, typer.Option(help="The base model's SentencePiece tokenizer.model.")],
+        tokenizer: Annotated[Path, typer.Option(help="The base model's tokenizer.model or tokenizer.json.")],
         out: Annotated[Path, typer.Option(help="Shard directory to make.")],
         overrides: Annotated[
             list[str] | None, typer.Argument(help="Changes to the recipe: data.max_length=256 ...")

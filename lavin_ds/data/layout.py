@@ -36,7 +36,13 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Frame:
-        return cls(tokenizer.bos_id, tuple(tokenizer.encode(IMAGE_PREFIX)), tuple(tokenizer.encode(TEXT_PREFIX)))
+        """What the tokenizer makes of the prefixes.
+
+        LLaMA's tokenizer puts a space before the prompt that follows "Image: N/A". Where a tokenizer does not, a line
+        break stands between them, which byte-level vocabularies hold as a token of its own.
+        """
+        text_prefix = TEXT_PREFIX if tokenizer.adds_space else TEXT_PREFIX + "\n"
+        return cls(tokenizer.bos_id, tuple(tokenizer.encode(IMAGE_PREFIX)), tuple(tokenizer.encode(text_prefix)))
 
     def head(self, has_image: bool, visual_tokens: int) -> list[int]:
         """Everything before the prompt. Without visual tokens there is no image: every sample is text."""

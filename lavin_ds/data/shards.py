@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from lavin_ds.data.layout import Frame, laid_out_lengths
 from lavin_ds.data.schema import FEATURE_SCHEMA, IMAGE_SCHEMA, ROW_SCHEMA, FileEntry, Manifest, load_manifest
+from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
 
@@ -111,7 +112,7 @@ class ShardReader:
 
     Opening reads the manifest and the files' footers only. Pickles by path, for worker processes.
 
-    Attributes: directory, split, manifest, frame.
+    Attributes: directory, split, manifest, frame, tokenizer.
 
     Raises:
         UserError: no manifest, wrong schema version, no such split, a file missing, of the wrong size or
@@ -134,6 +135,19 @@ class ShardReader:
 
     def __reduce__(self):
         return ShardReader, (self.directory, self.split)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the texts were prepared with.
+
+        Raises:
+            UserError: the copy beside the shards is missing or was changed.
+        """
+        entry = self.manifest.tokenizer
+        tokenizer = Tokenizer(self.directory / entry.file, entry.bos, entry.eos)
+        if tokenizer.sha256 != entry.sha256:
+            raise UserError(f"{tokenizer.path} is not what {self.directory} was prepared with: copy the folder again.")
+        return tokenizer
 
     def row(self, index: int) -> Row:
         """Row `index`, in O(1)."""
@@ -172,10 +186,10 @@ class ShardReader:
         return batch.value("id", i), batch.value("source", i)
 
     def features(self, index: int) -> np.ndarray:
-        """Cached [cls] features of image Row.image, float32 [P, W], a read-only view of the mapped file."""
+        """Cached features of image Row.image, float32 [F, W], a read-only view of the mapped file."""
         batch, i = self._features.locate(index)
         entry = self.manifest.features
-        return batch.items("features", i).reshape(entry.visual_tokens, entry.width)
+        return batch.items("features", i).reshape(entry.rows_per_image, entry.width)
 
     @cached_property
     def _features(self) -> _Table:

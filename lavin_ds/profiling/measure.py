@@ -3,8 +3,8 @@
 Allocated: torch's CPU allocator reports every allocation and release to the profiler, operator or not. Resident: the
 kernel's count of the process's pages at their highest (VmHWM), above what they were before the model was built. The
 second also sees what kernels allocate behind torch's back; it follows single tensors only if malloc returns memory at
-once, which MALLOC_THAT_RETURNS asks of glibc, and which costs time. So each is measured in a process of its own
-(in_fresh_processes), and so is time.
+once, which benchmarks/harness.py's MALLOC_THAT_RETURNS asks of glibc, and which costs time. So each is measured in a
+process of its own (in_fresh_processes), and so is time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.profiling.memory import Workload, make_batch
 from lavin_ds.training.engine import build_engine, start_distributed
-
-# Of the environment of a process; glibc reads them as it starts (mallopt(3)).
-MALLOC_THAT_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-# Keeps freed memory for the next tensor, as the allocator of a GPU does: a step is not spent on page faults.
-MALLOC_THAT_KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 
 THIRD_STEP = "third step"
 

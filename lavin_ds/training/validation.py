@@ -24,7 +24,6 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.data.prompts import LETTERS, SCIENCEQA_FORMATS
 from lavin_ds.data.sampler import epoch_order
 from lavin_ds.data.shards import Row, ShardReader
-from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
 from lavin_ds.training.feed import Feed, in_background
 
@@ -102,8 +101,7 @@ class _AnswerToken:
         format = config.data.prompt_format
         if format not in SCIENCEQA_FORMATS or not format.split("-")[1].startswith("A"):
             return None
-        tokenizer = Tokenizer(reader.directory / reader.manifest.tokenizer.file)
-        spelled = tokenizer.encode_continuation_batch(
+        spelled = reader.tokenizer.encode_continuation_batch(
             [f" The answer is {letter}." for letter in LETTERS[:MOST_CHOICES]]
         )
         offset = next((i for i, ids in enumerate(zip(*spelled, strict=False)) if len(set(ids)) > 1), None)

@@ -28,6 +28,7 @@ GROWING = ("tok_embeddings.weight", "output.weight")  # with the vocabulary
 # What travels with the weights, from the delta, or else from the base.
 COMPANIONS = (
     "tokenizer.model",
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

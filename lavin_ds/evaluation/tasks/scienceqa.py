@@ -22,7 +22,6 @@ from pathlib import Path
 
 from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import Row, ShardReader
-from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet, random_of
 from lavin_ds.evaluation.subject import Subject
@@ -53,9 +52,7 @@ class ScienceQA(Task):
         manifest = self.reader.manifest
         if manifest.kind != "scienceqa":
             raise UserError(f"{data} holds {manifest.kind} data: this score is of ScienceQA's questions.")
-        self.tokenizer = Tokenizer(self.reader.directory / manifest.tokenizer.file)
-        if self.tokenizer.sha256 != manifest.tokenizer.sha256:
-            raise UserError(f"{self.tokenizer.path} is not what {data} was prepared with: copy the folder again.")
+        self.tokenizer = self.reader.tokenizer
 
     def ask(self, subject: Subject, generation: Generation) -> RequestSet:
         reader, config = self.reader, subject.config
