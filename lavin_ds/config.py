@@ -23,6 +23,7 @@ from lavin_ds.models.adapters import LLM_POINTS, VISION_POINTS
 from lavin_ds.models.necks import KINDS as NECKS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+ImageResize = Literal["squash", "crop", "pad"]  # to a square: see data/images.py
 Checkpointing = bool | Literal["vision"] | PositiveInt
 Positive = Field(gt=0)
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -248,7 +249,7 @@ class DataConfig(Section):
     captions: bool = False
     max_length: int = Field(512, gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"] = "shorten"
-    image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
+    image_resize: ImageResize = "squash"
 
     @field_validator("prompt_format")
     @classmethod
