@@ -36,9 +36,7 @@ def inspect_shards(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe that will read the shards; disagreements are named.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to compare the shards with.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the histogram and the sample; default train, or the first.")
     ] = None,
@@ -90,7 +88,7 @@ def _show_manifest(report: Report, out: Console) -> None:
         "prompts": f"{prompt.format}, captions {'on' if prompt.captions else 'off'}, max_length {prompt.max_length}, "
         f"overlength {prompt.overlength}" + (f", compat {prompt.compat}" if prompt.compat else ""),
         "images": f"{images.rows:,} of {images.size} x {images.size}, {images.resize}" if images else "none",
-        "features": f"{features.visual_tokens} x {features.width} an image, computed in {features.computed_in}, "
+        "features": f"{features.rows_per_image} x {features.width} an image, computed in {features.computed_in}, "
         f"CLIP {features.clip_sha256[:12]}"
         if features
         else "none",

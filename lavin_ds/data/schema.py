@@ -265,9 +265,7 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
         ("rows (F) of an image's features", entry.rows_per_image, vision.rows),
         ("width (W) of the features", entry.width, vision.width),
     ]
-    if all(
-        ours == theirs for _, ours, theirs in pairs
-    ):  # if F or W differ it is another tower: no need to list each key
+    if all(ours == theirs for _, ours, theirs in pairs):  # else it is another tower
         pairs = [(f"model.vision.{key}", ours, getattr(vision, key)) for key, ours in entry.vision]
         pairs.append(("normalisation of the features' pixels", entry.normalise, normalisation(config)))
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
