@@ -31,10 +31,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
+from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, NeckConfig, Readout, VisionConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE, official_layout
 from lavin_ds.errors import UserError
+from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.weights.official import is_convolution, official_name
@@ -135,11 +136,11 @@ class Golden:
                 patch_size=c["vision_patch"],
                 image_size=c["image_size"],
                 mlp_ratio=shapes[block + "mlp.c_fc.weight"][0] / c["vision_width"],
-                cls_every=c["vision_layers"] // self.visual_tokens,
+                readout=Readout(every=c["vision_layers"] // self.visual_tokens),
             ),
             llm_adapter=adapter,
             vision_adapter=adapter,
-            neck_dim=c["hidden_proj"],
+            neck=NeckConfig(dim=c["hidden_proj"]),
             frozen_dtype="fp32",
         )
 
@@ -470,12 +471,21 @@ def compare_cached(golden: Golden, model: Lavin) -> Iterator[Error]:
 
 def greedy(model: Lavin, batch: Batch, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Ids [B] and logits [B, V] of `steps` decoding steps."""
-    logits_BV, cache, modality_B = model.prefill(batch, steps)
+    lengths = batch.lengths_B.tolist()
+    cache = KVCache(model.config.llm, len(lengths), max(lengths) + steps, torch.float32, "cpu")
+    x_BTD, modality_B = model.embed(batch)
+    x_ND = torch.cat([x_TD[:length] for x_TD, length in zip(x_BTD, lengths, strict=True)])
     ids, logits = [], []
-    for _ in range(steps):
-        ids.append(logits_BV.argmax(-1))
-        logits.append(logits_BV)
-        logits_BV = model.decode(ids[-1], cache, modality_B)
+    while len(ids) < steps:
+        reads = Reads(cache, range(len(lengths)), [1] * len(lengths) if ids else lengths)
+        # The authors put tokens behind the shortest prompt's length one position too early.
+        early_N = (reads.index_N >= min(lengths)).long() if model.shifted_decoding else 0
+        modality_MD = model.modality() if model.modality is not None else None
+        h_ND = model.llm(x_ND[None], modality_MD, modality_B, reads.index_N + 1 - early_N, reads=reads)[0]
+        last_B = torch.tensor(reads.lengths).cumsum(0) - 1
+        logits.append(model.llm.logits(h_ND[last_B]))
+        ids.append(logits[-1].argmax(-1))
+        x_ND = model.llm.embed(ids[-1])
     return ids, logits
 
 

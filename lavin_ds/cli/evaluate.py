@@ -35,7 +35,8 @@ def evaluate(
 ) -> None:
     """Ask a run, an exported adapter or a bare base a benchmark's questions, and print its score table."""
     from lavin_ds.evaluation import job as jobs
-    from lavin_ds.evaluation.requests import Generation, Sampling
+    from lavin_ds.evaluation.requests import Generation
+    from lavin_ds.generation.request import GREEDY, Sampling
 
     arguments = jobs.EvalArguments(
         task=task,
@@ -48,7 +49,7 @@ def evaluate(
         data=data,
         split=split,
         batch_size=batch_size,
-        generation=Generation(max_new_tokens, Sampling(seed=seed) if sample else None),
+        generation=Generation(max_new_tokens, Sampling(0.1, 0.75, seed=seed) if sample else GREEDY),
         limit=limit,
         out=out,
     )

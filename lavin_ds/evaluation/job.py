@@ -109,7 +109,7 @@ def run(job: Job, model: Lavin, on_progress: Callable[[int, int], None] | None =
         ) from None
     sampling = arguments.generation.sampling
     official = job.subject.config.compat is not None
-    result = job.task.score(answers, official, sampling.seed if sampling else 0)
+    result = job.task.score(answers, official, sampling.seed)
     report = _report(job, result, time.monotonic() - start, next(model.parameters()).device.type)
     write_json(job.out, report)
     return report
@@ -129,7 +129,7 @@ def _default_out(arguments: EvalArguments, recipe: str, partial: bool) -> Path:
     name = f"eval-{arguments.task}-{arguments.split}"
     if partial:
         name += f"-first-{arguments.limit}"
-    if arguments.generation.sampling:
+    if arguments.generation.sampling.temperature:
         name += f"-sampled-{arguments.generation.sampling.seed}"
     return arguments.run / f"{name}.json" if arguments.run else Path(f"{recipe}-{name}.json")
 
@@ -143,7 +143,7 @@ def _check_out(out: Path) -> None:
 
 def _report(job: Job, result: Result, seconds: float, device: str) -> dict[str, Any]:
     """The results file. Everything but `predictions` is the summary."""
-    arguments, subject = job.arguments, job.subject
+    arguments, subject, generation = job.arguments, job.subject, job.arguments.generation
     return {
         "task": job.task.name,
         "model": {
@@ -161,8 +161,12 @@ def _report(job: Job, result: Result, seconds: float, device: str) -> dict[str, 
             "split": arguments.split,
             "rows": job.task.rows,
         },
-        # sampling None: greedy.
-        "settings": {"batch_size": arguments.batch_size, **asdict(arguments.generation), "device": device},
+        "settings": {
+            "batch_size": arguments.batch_size,
+            "max_new_tokens": generation.max_new_tokens,
+            "sampling": asdict(generation.sampling) if generation.sampling.temperature else None,  # None: greedy
+            "device": device,
+        },
         "questions": len(result.predictions),
         "outcomes": result.outcomes,
         "seconds": round(seconds, 3),

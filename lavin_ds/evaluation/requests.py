@@ -12,29 +12,15 @@ import numpy as np
 from lavin_ds.data.layout import Frame
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Top-p sampling; the temperature and top_p of the authors' evaluation (reference.md, section 1)."""
-
-    temperature: float = 0.1
-    top_p: float = 0.75
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.temperature <= 0:
-            raise UserError(f"temperature {self.temperature} must be above 0: to decode greedily, do not sample.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1.")
+from lavin_ds.generation.request import GREEDY, Sampling
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How a response is generated: greedily, or with `sampling`."""
+    """How a response is generated."""
 
     max_new_tokens: int = 64
-    sampling: Sampling | None = None
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)

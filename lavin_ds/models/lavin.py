@@ -1,6 +1,7 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
 
-Dimensions: B samples, T tokens, D model width, P visual tokens, V vocabulary. Of a packed batch, ids and hidden states
+Dimensions: B samples, T tokens, D model width, P visual tokens, F rows that the ViT hands out
+for an image, V vocabulary. Of a packed batch, ids and hidden states
 are [1, T] and [1, T, D] with all samples in the one row; what says _B still has an entry a sample.
 """
 
@@ -16,9 +17,10 @@ from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.adapters.modality import ModalityEmbedding
+from lavin_ds.models.cache import Reads
 from lavin_ds.models.linear import STORAGES
-from lavin_ds.models.llama import KVCache, Llama
-from lavin_ds.models.necks import VisualNeck
+from lavin_ds.models.llama import Llama
+from lavin_ds.models.necks.base import build_neck
 from lavin_ds.models.trainable import Trainable, trainable_parameters
 from lavin_ds.models.vision import VisionTower
 
@@ -47,7 +49,7 @@ class Lavin(nn.Module):
         if config.has_vit:
             self.vision = VisionTower(vision, config.vision_adapter, storage, recompute_vision, compat)
         if vision:
-            self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
+            self.neck = build_neck(config.neck, vision, llm.dim)
         if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].load().routed:
             self.modality = ModalityEmbedding(llm.dim)
         trainable = set(map(id, self.trainable().values()))
@@ -75,21 +77,21 @@ class Lavin(nn.Module):
         has_image_B = batch.image_B >= 0
         # A batch without images goes through here too, with no rows: on every rank every trainable module
         # takes part in every step, or ZeRO's collectives would wait for it for ever.
-        visual_BPD = self.neck(self._cls_tokens(batch, has_image_B)).to(x_BTD.dtype)
+        visual_BPD = self.neck(self._features(batch, has_image_B)).to(x_BTD.dtype)
         slot_P = (batch.visual_start or 0) + torch.arange(visual_BPD.shape[1], device=x_BTD.device)
         slot_BP = batch.first_B()[has_image_B][:, None] + slot_P
         x_ND = x_BTD.flatten(0, 1).clone()
         x_ND[slot_BP] = visual_BPD
         return x_ND.view_as(x_BTD), has_image_B.long()
 
-    def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
-        """[cls] tokens of the samples with an image, [samples with an image, P, vision width]."""
+    def _features(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
+        """The ViT's rows of every sample with an image, [samples with an image, F, vision width]."""
         if self.vision is None:
-            features_NPW = batch.features_NPW
-            if features_NPW is None:
-                shape = (0, self.config.visual_tokens, self.config.vision.width)
-                features_NPW = torch.empty(shape, device=batch.ids_BT.device)
-            return features_NPW[batch.image_B[has_image_B]]
+            features_NFW = batch.features_NFW
+            if features_NFW is None:
+                shape = (0, self.config.vision.rows, self.config.vision.width)
+                features_NFW = torch.empty(shape, device=batch.ids_BT.device)
+            return features_NFW[batch.image_B[has_image_B]]
         images = batch.images_NHWC
         if images is None:
             size = self.config.vision.image_size
@@ -102,14 +104,14 @@ class Lavin(nn.Module):
             return self.vision(everyone)[has_image_B]
         return self.vision(images)[batch.image_B[has_image_B]]
 
-    def hidden(self, batch: Batch, cache: KVCache | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
-        return self._through_llm(x_BTD, modality_B, positions, cache, batch.packed)
+        return self._through_llm(x_BTD, modality_B, positions=positions, packed=batch.packed)
 
-    def _through_llm(self, x_BTD, modality_B, positions=None, cache=None, packed=None):
+    def _through_llm(self, x_BTD, modality_B, **how):
         modality_MD = self.modality() if self.modality is not None else None
-        return self.llm(x_BTD, modality_MD, modality_B, positions, cache, packed)
+        return self.llm(x_BTD, modality_MD, modality_B, **how)
 
     def forward(
         self, batch: Batch, probe_B: torch.Tensor | None = None
@@ -127,23 +129,35 @@ class Lavin(nn.Module):
             return loss_sum, labels
         return loss_sum, labels, self.llm.logits(h_BTD.flatten(0, 1)[probe_B - 1])
 
-    def prefill(self, batch: Batch, new_tokens: int) -> tuple[torch.Tensor, KVCache, torch.Tensor]:
-        """Reads right-padded prompts; returns logits [B, V] of each one's next token, the cache with room for
-        `new_tokens` more, and the modality [B]."""
-        T = batch.ids_BT.shape[1]
-        cache = KVCache(T + new_tokens, batch.lengths_B)
-        positions = None
-        if self.shifted_decoding:
-            # Tokens behind the batch's shortest prompt stand one RoPE position too early (reference.md, section 7).
-            index_T = torch.arange(T, device=batch.ids_BT.device)
-            positions = index_T + (index_T < batch.lengths_B.min()).long()
-        x_BTD, modality_B = self.embed(batch)
-        h_BTD = self._through_llm(x_BTD, modality_B, positions, cache)
-        last_BD = h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), batch.lengths_B - 1]
-        return self.llm.logits(last_BD), cache, modality_B
+    @property
+    def sees(self) -> bool:
+        """Whether images are read; else every sample is text."""
+        return self.neck is not None
 
-    def decode(self, ids_B: torch.Tensor, cache: KVCache, modality_B: torch.Tensor) -> torch.Tensor:
-        """Reads one more token a sample; returns the logits [B, V] of the next."""
-        positions = cache.length_B[:, None] if self.shifted_decoding else None
-        h_BTD = self._through_llm(self.llm.embed(ids_B[:, None]), modality_B, positions, cache)
-        return self.llm.logits(h_BTD[:, 0])
+    @property
+    def visual_count(self) -> int:
+        """P, the number of visual tokens of an image."""
+        return self.config.visual_tokens
+
+    def visual_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Visual tokens [N, P, D] of images: uint8 pixels [N, S, S, 3], or features where these are cached."""
+        return self.neck(images if self.vision is None else self.vision(images))
+
+    def read(
+        self,
+        ids_N: torch.Tensor,
+        modality_B: torch.Tensor,
+        reads: Reads,
+        visual_row: torch.Tensor | None = None,
+        visual_ND: torch.Tensor | None = None,
+        positions_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [N, D] of tokens that go on from a cache, which holds them afterwards.
+
+        modality_B: 1 for each sequence with an image, else 0. visual_row: which of the ids are visual tokens, whose
+        embeddings are visual_ND. positions_N: RoPE positions, where they are not those of training.
+        """
+        x_ND = self.llm.embed(ids_N)
+        if visual_ND is not None:
+            x_ND[visual_row] = visual_ND.to(x_ND.dtype)
+        return self._through_llm(x_ND[None], modality_B, positions=positions_N, reads=reads)[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
 from lavin_ds.models.adapters.base import build_adapters
+from lavin_ds.models.cache import Reads
 from lavin_ds.models.lean import rms_norm, swiglu
 from lavin_ds.models.linear import STORAGES, FrozenColumnLinear, FrozenRowLinear, Storage, leave_uninitialised
 from lavin_ds.parallel import tensor_parallel_size
@@ -56,6 +57,7 @@ class Rows:
     length: int  # T
     packed: tuple[int, ...] | None  # lengths of the samples that lie end to end in the one row (B = 1); None: padded
     owner_N: torch.Tensor | None  # [N] index into the first M rows; None when M is 0
+    reads: Reads | None = None  # where the samples go on from what a cache holds; None: each is whole
 
 
 class RMSNorm(nn.Module):
@@ -95,33 +97,6 @@ def rotate(x_BTHK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).to(x_BTHK.dtype)
 
 
-@dataclass
-class KVCache:
-    """Keys and values of right-padded samples: sample b holds `length_B[b]` tokens, then room to grow."""
-
-    capacity: int  # tokens a sample can hold
-    length_B: torch.Tensor  # [B] tokens held
-    keys: list[torch.Tensor] = field(default_factory=list)  # L of [B, G, capacity, K]
-    values: list[torch.Tensor] = field(default_factory=list)
-
-    def append_prompt(self, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor) -> None:
-        """Opens the next layer's cache with the prompt's keys and values (padding included)."""
-        room = (0, 0, 0, self.capacity - k_BTGK.shape[1])
-        self.keys.append(F.pad(k_BTGK.transpose(1, 2), room))
-        self.values.append(F.pad(v_BTGK.transpose(1, 2), room))
-
-    def append_token(self, layer: int, k_BGK: torch.Tensor, v_BGK: torch.Tensor) -> None:
-        """Writes one token a sample behind its own last one, over the padding."""
-        sample_B = torch.arange(len(self.length_B), device=self.length_B.device)
-        self.keys[layer][sample_B, :, self.length_B] = k_BGK
-        self.values[layer][sample_B, :, self.length_B] = v_BGK
-
-    def visible(self) -> torch.Tensor:
-        """[B, 1, 1, capacity]: the slots that the token being decoded may see, itself included."""
-        slot = torch.arange(self.capacity, device=self.length_B.device)
-        return (slot <= self.length_B[:, None])[:, None, None]
-
-
 def packed_attention(q_BHTK, k_BGTK, v_BGTK, lengths: tuple[int, ...], **how) -> torch.Tensor:
     """Causal attention of samples that lie end to end along T, none of which sees another.
 
@@ -148,7 +123,7 @@ class Attention(nn.Module):
         self.wv = FrozenColumnLinear(config.dim, config.kv_heads * config.head_dim, storage)
         self.wo = FrozenRowLinear(config.n_heads * config.head_dim, config.dim, storage)
 
-    def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0, added=None):
+    def forward(self, x_ND, rows: Rows, turns, layer: int = 0, added=None):
         """`added`: by name of a projection (q, k, v), what an adapter adds to all of its output features; this rank
         takes those of its own heads."""
         projected = {"q": self.wq(x_ND), "k": self.wk(x_ND), "v": self.wv(x_ND)}
@@ -162,29 +137,25 @@ class Attention(nn.Module):
         own_MGK, v_BTGK = _split(v_NGK, M, shape)
         q_BTHK, k_BTGK = rotate(q_BTHK, turns), rotate(k_BTGK, turns)
 
-        decoding = cache is not None and len(cache.keys) > layer
-        if decoding:
-            cache.append_token(layer, k_BTGK[:, 0], v_BTGK[:, 0])
-            k_BGSK, v_BGSK, visible = cache.keys[layer], cache.values[layer], cache.visible()
+        if rows.reads:
+            attended_NHK = rows.reads.attend(layer, q_BTHK[0], k_BTGK[0], v_BTGK[0])
         else:
-            if cache is not None:
-                cache.append_prompt(k_BTGK, v_BTGK)
-            k_BGSK, v_BGSK, visible = k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2), None
-        q_BHTK = q_BTHK.transpose(1, 2)
-        grouped = self.groups > 1
-        if rows.packed:
-            attended_BHTK = packed_attention(q_BHTK, k_BGSK, v_BGSK, rows.packed, enable_gqa=grouped)
-        else:
-            # Samples are padded on the right, so causality alone keeps padding out of sight.
-            attended_BHTK = F.scaled_dot_product_attention(
-                q_BHTK, k_BGSK, v_BGSK, attn_mask=visible, is_causal=not decoding, enable_gqa=grouped
-            )
-        attended = attended_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)  # [B*T, H*K]
+            attended_NHK = self._attend(q_BTHK, k_BTGK, v_BTGK, rows.packed).flatten(0, 1)
+        attended = attended_NHK.flatten(1)
         if M:
             # A modality token attends to itself alone: its attention is its own value.
             own = own_MGK.repeat_interleave(self.groups, dim=1).flatten(1)
             attended = torch.cat([own, attended])
         return self.wo(attended)
+
+    def _attend(self, q_BTHK, k_BTGK, v_BTGK, packed: tuple[int, ...] | None):
+        """Causal attention within each sample, [B, T, H, K]."""
+        qkv = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        grouped = self.groups > 1
+        if packed:
+            return packed_attention(*qkv, packed, enable_gqa=grouped).transpose(1, 2)
+        # Samples are padded on the right, so causality alone keeps padding out of sight.
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -219,10 +190,10 @@ class Block(nn.Module):
             return z_ND
         return self.adapters[point](z_ND, z_ND[: rows.modalities], rows.owner_N)
 
-    def forward(self, x_ND, rows: Rows, turns, cache: KVCache | None = None, layer: int = 0):
+    def forward(self, x_ND, rows: Rows, turns, layer: int = 0):
         z_ND = self.adapt("attention", self.attention_norm(x_ND), rows)
         added = self.adapters["projections"](z_ND) if "projections" in self.adapters else None
-        attended_ND = self.attention(z_ND, rows, turns, cache, layer, added)
+        attended_ND = self.attention(z_ND, rows, turns, layer, added)
         x_ND = x_ND + self.adapt("after_attention", attended_ND, rows)
         z_ND = self.adapt("ffn", self.ffn_norm(x_ND), rows)
         y_ND = self.adapt("after_ffn", self.feed_forward(z_ND), rows)
@@ -310,22 +281,23 @@ class Llama(nn.Module):
         modality_MD: torch.Tensor | None = None,
         modality_B: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        cache: KVCache | None = None,
         packed: tuple[int, ...] | None = None,
+        reads: Reads | None = None,
     ) -> torch.Tensor:
         """Embedded tokens to normed hidden states, both [B, T, D].
 
         modality_MD: the modality tokens, and modality_B which of them each sample carries; None for neither.
         positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0, in every sample.
         packed: lengths of the samples that lie end to end in one row (B = 1); modality_B then has an entry for each.
-        cache: filled by a first call on whole prompts; later calls decode one token a sample (T = 1).
+        reads: the tokens of a row that go on from what the slots of a cache hold, and are appended there.
         """
         B, T, D = x_BTD.shape
         M = 0 if modality_MD is None else len(modality_MD)
-        decoding = cache is not None and bool(cache.keys)
+        if reads:
+            packed = reads.lengths
         if positions is None:
-            if decoding:
-                index = cache.length_B[:, None]
+            if reads:
+                index = reads.index_N
             else:
                 index = torch.cat([torch.arange(length, device=x_BTD.device) for length in packed or (T,)])
             positions = index + (1 if M else 0)
@@ -337,14 +309,14 @@ class Llama(nn.Module):
             itself_M = torch.arange(M, device=x_ND.device)
             length_B = torch.tensor(packed, device=x_ND.device) if packed else T
             owner_N = torch.cat([itself_M, modality_B.repeat_interleave(length_B, output_size=B * T)])
-        rows = Rows(M, B, T, packed, owner_N)
+        rows = Rows(M, B, T, packed, owner_N, reads)
         for index, block in enumerate(self.layers):
             if index < self.recomputed_layers and torch.is_grad_enabled():
                 x_ND = checkpoint(block, x_ND, rows, turns, use_reentrant=False)
             else:
-                x_ND = block(x_ND, rows, turns, cache, index)
-        if decoding:
-            cache.length_B = cache.length_B + 1
+                x_ND = block(x_ND, rows, turns, index)
+        if reads:
+            reads.end()
         return self.norm(x_ND[M:]).unflatten(0, (B, T))
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,8 @@ HF_TOWER = {
     "positional_embedding": ["embeddings.position_embedding.weight"],
     "ln_pre.weight": ["pre_layrnorm.weight"],  # their spelling
     "ln_pre.bias": ["pre_layrnorm.bias"],
+    "ln_post.weight": ["post_layernorm.weight"],
+    "ln_post.bias": ["post_layernorm.bias"],
 }
 HF_BLOCK = {
     f"{ours}{kind}": [f"{theirs}.{kind}" for theirs in several]
@@ -169,7 +171,9 @@ def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         "ln_pre.weight": (W,),
         "ln_pre.bias": (W,),
     }
-    for number in range(config.visual_tokens * config.cls_every):  # blocks behind the last that is read out: not there
+    if config.readout.norm:
+        shapes |= {"ln_post.weight": (W,), "ln_post.bias": (W,)}
+    for number in range(config.depth):  # blocks behind the last that is read out: not there
         shapes.update({f"blocks.{number}.clip.{name}": shape for name, shape in block.items()})
     return shapes
 

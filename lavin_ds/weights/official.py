@@ -77,6 +77,10 @@ def _check_kinds(config: ModelConfig) -> None:
     for adapter in (config.llm_adapter, config.vision_adapter):
         if adapter.kind not in KINDS:
             raise _no_place(f"adapters of kind {adapter.kind}")
+    if config.vision and config.neck.kind != "lavin":
+        raise _no_place(f"a neck of kind {config.neck.kind}")
+    if config.vision and (config.vision.readout.rows != "cls" or config.vision.readout.norm):
+        raise _no_place("other visual features than [cls] tokens without the last norm")
 
 
 def is_convolution(official: str) -> bool:
@@ -115,7 +119,7 @@ def _check_arguments(arguments: argparse.Namespace, model: Lavin, file: Path) ->
         ("adapter_dim", "llm_adapter.dim", adapter.dim),
         ("adapter_scale", "llm_adapter.scale", adapter.scale),
         ("temperature", "llm_adapter.temperature", adapter.temperature),
-        ("hidden_proj", "neck_dim", model.config.neck_dim),
+        ("hidden_proj", "neck.dim", model.config.neck.dim),
     ]:
         theirs = getattr(arguments, argument, ours)
         if theirs != ours:
@@ -145,7 +149,7 @@ def official_bytes(tensors: Mapping[str, torch.Tensor], config: RunConfig) -> by
         adapter_dim=llm.dim,
         adapter_scale=llm.scale,
         temperature=llm.temperature,
-        hidden_proj=config.model.neck_dim,
+        hidden_proj=config.model.neck.dim,
         n_prompt=config.model.visual_tokens,
         max_seq_len=config.data.max_length,
         prompt_format=config.data.prompt_format,

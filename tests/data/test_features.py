@@ -10,14 +10,16 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 
 from lavin_ds.config import RunConfig, load_recipe, parse_config
-from lavin_ds.data.collate import collate, prompt_batch
+from lavin_ds.data.collate import collate
 from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
 from lavin_ds.data.shards import ShardReader
+from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep import features
 from lavin_ds.data_prep.pipeline import prepare
 from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.errors import UserError
-from lavin_ds.evaluation.generate import generate
+from lavin_ds.generation.engine import Engine
+from lavin_ds.generation.request import Request
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.vision import VisionTower
 from lavin_ds.parallel import initialize_single_process
@@ -126,9 +128,9 @@ def test_every_disagreement_with_the_recipe_is_named(shards, clip):
     cache(shards, clip)
     manifest = load_manifest(shards)
     vision = CACHED.model.vision.model_dump()
-    other = config_with(vision_source="cached", vision=vision | {"cls_every": 2, "width": 32})
+    other = config_with(vision_source="cached", vision=vision | {"readout": {"every": 2}, "width": 32})
     assert check_manifest(manifest, other)[:2] == [
-        "visual tokens (P) of the features: shards 2, recipe 4",
+        "rows (F) of an image's features: shards 2, recipe 4",
         "width (W) of the features: shards 16, recipe 32",
     ]
     gelu = config_with(vision_source="cached", vision=vision | {"quick_gelu": False})
@@ -170,7 +172,11 @@ def test_a_training_step_and_an_answer_are_those_of_the_live_vit(shards, clip):
         visual_input = reader.visual_input(config.model.vision_source)
         loss, _ = model.train()(collate(rows, visual_input, reader.frame, 2))
         loss.backward()
-        answers = generate(model, prompt_batch(rows, visual_input, reader.frame, 2), 8, eos_id=2)
+        requests = [
+            Request(row.id, row.prompt_ids, visual_input(row.image) if row.image >= 0 else None, 8) for row in rows
+        ]
+        engine = Engine(model, Tokenizer(reader.directory / reader.manifest.tokenizer.file), slots=4, capacity=200)
+        answers = {answer.id: answer.ids for answer in engine.run(requests)}
         found.append((loss.item(), {n: p.grad for n, p in model.trainable().items()}, answers))
     (loss, gradients, answers), (cached_loss, cached_gradients, cached_answers) = found
     assert cached_loss == pytest.approx(loss, rel=1e-5) and cached_answers == answers

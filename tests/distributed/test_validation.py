@@ -62,8 +62,8 @@ def test_loss_and_accuracy_are_those_of_a_model_asked_one_sample_at_a_time(workp
             losses[index] = float(loss_sum)
             start = int(row.label_spans[0][0])
             prompt = type(row)(**vars(row) | {"prompt_ids": row.token_ids[: start + lead]})
-            logits_BV, *_ = model.prefill(prompt_batch([prompt], *pictures), 1)
-            right[index] = int(logits_BV[0, letters[: row.n_choices]].argmax()) == row.answer
+            logits_V = model.llm.logits(model.hidden(prompt_batch([prompt], *pictures))[0, -1])
+            right[index] = int(logits_V[letters[: row.n_choices]].argmax()) == row.answer
     _, val_loss, accuracy = scores(validated)[-1]
     chosen = [int(i) for i in validation_rows(load_recipe(str(workplace.recipe), list(EVERY)), reader)]
     assert len(set(chosen)) == 9

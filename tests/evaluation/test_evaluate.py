@@ -13,8 +13,9 @@ from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation import job as jobs
 from lavin_ds.evaluation.answer import answer
-from lavin_ds.evaluation.requests import Generation, Sampling
+from lavin_ds.evaluation.requests import Generation
 from lavin_ds.evaluation.tasks.scienceqa import ScienceQA, guess
+from lavin_ds.generation.request import GREEDY, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_results_do_not_depend_on_batches_and_progress_adds_up(pipeline, run):
         assert [done for done, _ in seen] == sorted({done for done, _ in seen})
         return task.score(answers).predictions
 
-    for sampling in (None, Sampling(temperature=1.0)):
+    for sampling in (GREEDY, Sampling(temperature=1.0)):
         together = outcome(batch_size=64, sampling=sampling)
         assert len({p.response for p in together}) > 5
         assert outcome(batch_size=1, sampling=sampling) == outcome(batch_size=5, sampling=sampling) == together

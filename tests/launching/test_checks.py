@@ -113,12 +113,12 @@ def test_every_key_of_a_recipe_is_free_or_fixed_when_a_run_goes_on():
     """A new key belongs in one of the two: what a run learns must not change unseen in the middle of it."""
     fixed = {
         "compat",
-        *("model.neck_dim", "model.frozen_dtype", "model.vision_source"),
+        *("model.frozen_dtype", "model.vision_source"),
         *("data.prompt_format", "data.captions", "data.max_length", "data.overlength", "data.image_resize"),
         *(f"training.{key}" for key in ("epochs", "warmup_epochs", "global_batch", "peak_lr", "weight_decay")),
         *(f"training.{key}" for key in ("betas", "eps", "grad_clip", "seed")),
     }
-    shapes = ("model.llm.", "model.vision.", "model.llm_adapter.", "model.vision_adapter.")
+    shapes = ("model.llm.", "model.vision.", "model.neck.", "model.llm_adapter.", "model.vision_adapter.")
     keys = config_keys()
     leaves = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
     unclassed = {key for key in leaves if not key.startswith(shapes)} - fixed - FREE_ON_RESUME

@@ -8,6 +8,7 @@ from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import KINDS
+from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.meta import build_on_meta
 from lavin_ds.models.trainable import frozen_parameters
@@ -161,12 +162,16 @@ def test_every_kind_of_adapter_learns_in_every_place_whatever_is_in_the_batch(va
 def test_cached_decoding_gives_the_uncached_logits(variant, make_batch):
     model = variant
     batch, steps = make_batch([(11, 0), (17, -1), (9, 1)]), 5
-    logits, cache, modality = model.prefill(batch, steps)
-    decoded, ids = [], []
+    lengths, (x_BTD, modality_B) = batch.lengths_B.tolist(), model.embed(batch)
+    cache = KVCache(model.config.llm, len(lengths), max(lengths) + steps, torch.float32, "cpu")
+    modality_MD = model.modality() if model.modality is not None else None
+    x_ND = torch.cat([x_TD[:length] for x_TD, length in zip(x_BTD, lengths, strict=True)])
+    reads, decoded, ids = Reads(cache, (0, 1, 2), lengths), [], []
     for _ in range(steps):
-        ids.append(logits.argmax(-1))
-        decoded.append(logits)
-        logits = model.decode(ids[-1], cache, modality)
+        h_ND = model.llm(x_ND[None], modality_MD, modality_B, reads=reads)[0]
+        decoded.append(model.llm.logits(h_ND[torch.tensor(reads.lengths).cumsum(0) - 1]))
+        ids.append(decoded[-1].argmax(-1))
+        x_ND, reads = model.llm.embed(ids[-1]), Reads(cache, (0, 1, 2), (1, 1, 1))
     for b, length in enumerate(batch.lengths_B.tolist()):
         row = make_batch([[(11, 0), (17, -1), (9, 1)][b]])
         whole = torch.cat([row.ids_BT, torch.stack(ids)[:, b][None]], dim=1)

@@ -3,8 +3,9 @@ import torch
 import transformers
 
 from lavin_ds.config import LlamaConfig, RopeScaling
+from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.linear import STORAGES
-from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.models.llama import Llama
 from lavin_ds.models.meta import OnMeta
 from lavin_ds.weights.llama import llama_shapes, load_llama
 
@@ -70,12 +71,13 @@ def test_cached_decoding_of_prompts_of_unequal_length_gives_the_uncached_logits(
     ids = torch.randint(0, 100, (2, 12), generator=torch.Generator().manual_seed(1))
     whole = ours.logits(ours(ours.embed(ids)))
     lengths = torch.tensor([4, 7])
-    cache = KVCache(12, lengths)
-    ours(ours.embed(ids[:, :7]), cache=cache)
+    cache = KVCache(ours.config, 2, 12, torch.float32, "cpu")
+    prompts_1N = torch.cat([ids[0, :4], ids[1, :7]])[None]
+    ours(ours.embed(prompts_1N), reads=Reads(cache, (0, 1), (4, 7)))
     for step in range(5):
         at = lengths + step
-        h = ours(ours.embed(ids[torch.arange(2), at][:, None]), cache=cache)
-        torch.testing.assert_close(ours.logits(h[:, 0]), whole[torch.arange(2), at], rtol=1e-5, atol=1e-5)
+        h = ours(ours.embed(ids[torch.arange(2), at][None]), reads=Reads(cache, (0, 1), (1, 1)))
+        torch.testing.assert_close(ours.logits(h[0]), whole[torch.arange(2), at], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -89,11 +91,10 @@ def test_a_trained_llama_writes_its_published_story_cached_and_uncached(shared):
     load_llama(model, folder)
     count = 256
 
-    cached, cache = [1], KVCache(count + 1, torch.tensor([1]))
-    h = model(model.embed(torch.tensor([cached])), cache=cache)
+    cached, cache = [1], KVCache(model.config, 1, count, torch.float32, "cpu")
     for _ in range(count):
+        h = model(model.embed(torch.tensor([[cached[-1]]])), reads=Reads(cache, (0,), (1,)))
         cached.append(int(model.logits(h[0, -1]).argmax()))
-        h = model(model.embed(torch.tensor([[cached[-1]]])), cache=cache)
     assert tokenizer.decode(cached[1:]).startswith(published)
 
     uncached = model.logits(model(model.embed(torch.tensor([cached[:-1]]))))[0].argmax(-1)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from weights_helpers import CONFIG, filled, write_clip
 
-from lavin_ds.config import load_recipe
+from lavin_ds.config import Readout, load_recipe
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.trainable import trainable_parameters
@@ -88,6 +88,24 @@ def test_hugging_faces_clip_gives_its_cls_tokens(tmp_path, whole, old, act):
     vision = theirs.vision_model if whole else theirs
     hidden = vision(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(tower(pixels), hidden[2][:, :1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rows, taken", [("cls", slice(0, 1)), ("patches", slice(1, None)), ("all", slice(None))])
+@pytest.mark.parametrize("block", [1, 2, 3])
+@torch.no_grad()
+def test_rows_after_any_block_are_transformers_hidden_states(tmp_path, block, rows, taken, norm):
+    theirs = write_hugging_face(tmp_path, whole=False)
+    config = VISION.model_copy(update={"readout": Readout(rows=rows, block=block, norm=norm)})
+    tower = VisionTower(config).eval()
+    report = load_clip(tower, tmp_path / "model.safetensors")
+    assert len(tower.blocks) == block and ("ln_post.weight" in report.matched) == norm
+    pixels = torch.randn(2, 3, 16, 16)
+    want = theirs(pixels, output_hidden_states=True).hidden_states[block][:, taken]
+    want = getattr(theirs, "vision_model", theirs).post_layernorm(want) if norm else want
+    got = tower(pixels)
+    assert got.shape[1] == config.rows
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_hugging_faces_config_says_what_no_tensor_does(tmp_path):

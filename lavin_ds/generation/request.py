@@ -1,0 +1,88 @@
+"""What is asked of the generation engine, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from lavin_ds.errors import UserError
+
+# eos: the model ended its answer. stop: a stop string came. length: max_new_tokens, or the slot is full.
+Finish = Literal["eos", "stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its probabilities.
+
+    temperature 0 is greedy: the likeliest token, and the other settings have no effect. The authors evaluate with
+    temperature 0.1 and top_p 0.75 (reference.md, section 1).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # the fewest likeliest tokens that hold this share of the probability
+    top_k: int = 0  # at most so many tokens; 0: all
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature} must be a number from 0 (greedy) up.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must be 0 (all tokens) or more.")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it.
+
+    prompt_ids: the prompt's own tokens, without BOS and prefix, which the engine puts before them.
+    image: uint8 pixels [S, S, 3] as `data.images` makes them, cached features [rows, W] in float32, or None.
+    scored_ids: tokens whose log-probabilities after the prompt are wanted. They are read, not generated; what is
+        generated follows them.
+    """
+
+    id: str  # also decides, with the seed, what is drawn in sampling
+    prompt_ids: np.ndarray
+    image: np.ndarray | None = None
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    scored_ids: np.ndarray | None = None
+    top_logprobs: int | None = None  # log-probability of each generated token, and of so many of the likeliest
+
+    def __post_init__(self):
+        if self.max_new_tokens < 0:
+            raise UserError(f"Request {self.id}: max_new_tokens {self.max_new_tokens} must not be negative.")
+        if not self.max_new_tokens and self.scored_ids is None:
+            raise UserError(f"Request {self.id} asks for no token: set max_new_tokens above 0.")
+        if any(not text for text in self.stop):
+            raise UserError(f"Request {self.id}: a stop string is empty.")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithm of a token's probability at temperature 1, and of the likeliest tokens in its place."""
+
+    id: int
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Answer:
+    """What has been generated for a request so far; complete once `finish` is set."""
+
+    id: str
+    prompt_tokens: int  # ids read before the answer: BOS, prefix, visual tokens, prompt, scored ids
+    ids: list[int] = field(default_factory=list)  # without EOS
+    text: str = ""  # without the stop string, and without a character that is not whole yet
+    logprobs: list[Logprob] = field(default_factory=list)  # of `ids`, and of EOS if it ended the answer
+    scored_logprobs: list[float] = field(default_factory=list)  # of the request's scored_ids
+    finish: Finish | None = None
