@@ -10,12 +10,13 @@ import transformers
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data.tokenizer import Tokenizer
-from lavin_ds.models.llama import KVCache, Llama
+from lavin_ds.models.cache import KVCache, Reads
+from lavin_ds.models.llama import Llama
 from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.weights.llama import load_llama
 
 TEXTS = ["Question: Which of these states is farthest north?\nOptions:", "The capital of France is Paris, and that of"]
-PROMPT = 6  # tokens read at once before the others are decoded one by one
+PROMPTS = (4, 7)  # tokens of either that are read at once; the others are decoded one by one
 
 
 def read(folder: Path) -> torch.Tensor:
@@ -30,14 +31,18 @@ def read(folder: Path) -> torch.Tensor:
 def logits_whole_and_cached(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [2, T, V] of one forward pass, and of a prompt followed by single tokens; as much as this rank loads."""
     model = Llama(load_recipe("smollm2-135m-captions").model.llm).eval()
-    report = load_llama(model, folder)
-    assert not report.missing and not report.unexpected
+    load_llama(model, folder)
     ids = read(folder)
     whole = model.logits(model(model.embed(ids)))
-    cache = KVCache(ids.shape[1], torch.tensor([PROMPT, PROMPT]))
-    parts = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
-    cached = [model.logits(model(model.embed(part), cache=cache)) for part in parts]
-    return whole, torch.cat(cached, dim=1)
+    cache = KVCache(model.config, 2, ids.shape[1], torch.float32, "cpu")
+    prompts = torch.cat([ids[0, : PROMPTS[0]], ids[1, : PROMPTS[1]]])[None]
+    read_at_once = model.logits(model(model.embed(prompts), reads=Reads(cache, (0, 1), PROMPTS)))[0]
+    cached = [[rows] for rows in read_at_once.split(PROMPTS)]
+    for b, prompt in enumerate(PROMPTS):
+        for token in ids[b, prompt:].split(1):
+            h = model(model.embed(token[None]), reads=Reads(cache, (b,), (1,)))
+            cached[b].append(model.logits(h[0]))
+    return whole, torch.stack([torch.cat(rows) for rows in cached])
 
 
 def rank_of_three(rank: int, folder: Path, out: Path) -> None:
