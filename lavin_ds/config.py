@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -23,13 +23,15 @@ from lavin_ds.models.adapters import LLM_POINTS, VISION_POINTS
 from lavin_ds.models.necks import KINDS as NECKS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+ImageResize = Literal["squash", "crop", "pad"]  # to a square: see data/images.py
 Checkpointing = bool | Literal["vision"] | PositiveInt
 Positive = Field(gt=0)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Options = dict[str, bool | int | float | str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RopeScaling(Section):
@@ -39,6 +41,13 @@ class RopeScaling(Section):
     low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = Field(4.0, gt=0)
     original_max_position_embeddings: int = Field(8192, gt=0)
+
+    @model_validator(mode="after")
+    def _between(self):
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            raise ValueError(f"high_freq_factor {high} must be above low_freq_factor {low}")
+        return self
 
 
 def _registered(name: str, known: Iterable[str]) -> str:
@@ -54,10 +63,10 @@ class LlamaConfig(Section):
     dim: int = Positive
     n_layers: int = Positive
     n_heads: int = Positive
-    n_kv_heads: int | None = None  # None: as many as n_heads (multi-head attention)
+    n_kv_heads: int | None = Field(None, gt=0)  # None: as many as n_heads (multi-head attention)
     ffn_dim: int = Positive
     vocab_size: int = Positive
-    norm_eps: float = Field(1e-6, gt=0)
+    norm_eps: float = Field(1e-6, gt=0, lt=1)
     rope_theta: float = Field(10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
 
@@ -240,7 +249,7 @@ class DataConfig(Section):
     captions: bool = False
     max_length: int = Field(512, gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"] = "shorten"
-    image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
+    image_resize: ImageResize = "squash"
 
     @field_validator("prompt_format")
     @classmethod
@@ -259,10 +268,10 @@ class TrainingConfig(Section):
     global_batch: int = Field(32, gt=0)
     micro_batch: int = Field(4, gt=0)  # bounds a micro-batch: its tokens by so many of the longest sample, its images
     packing: bool = False  # samples of a micro-batch lie end to end in one row, without padding
-    peak_lr: float = Field(1.125e-3, gt=0)  # the paper's 9e-3 is the base rate per 256 samples
-    weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    peak_lr: float = Field(1.125e-3, gt=0, le=1)  # the paper's 9e-3 is the base rate per 256 samples
+    weight_decay: float = Field(0.02, ge=0, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0, lt=1)
     grad_clip: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
     # What is recomputed in backward rather than kept. Not false: every ViT block, which saves most for its time; and

@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
-from lavin_ds.config import Dtype, RunConfig, Section, VisionConfig
+from lavin_ds.config import Dtype, ImageResize, RunConfig, Section, VisionConfig
 from lavin_ds.data.layout import Frame
 from lavin_ds.errors import UserError
 
@@ -92,7 +92,7 @@ class SplitEntry(Section):
 
 class ImageEntry(Section):
     size: int = Field(gt=0)
-    resize: Literal["squash", "crop"]
+    resize: ImageResize
     files: list[FileEntry]
     rows: int = Field(ge=0)
 
