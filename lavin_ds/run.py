@@ -40,7 +40,6 @@ PACKAGES = (
     "torch",
     "deepspeed",
     "fairscale",
-    "open_clip_torch",
     "safetensors",
     "pyarrow",
     "numpy",
