@@ -42,7 +42,7 @@ MEMORY_MEDIAN, MEMORY_WORST, TIME_MEDIAN = 0.05, 0.15, 0.15
 
 # Width, layers, heads, feed-forward width; 8,192 pieces of vocabulary unless said otherwise.
 SIZES = {"S": (256, 4, 4, 704), "M": (384, 6, 6, 1024), "L": (512, 8, 8, 1408), "XL": (768, 6, 12, 2048)}
-VISION = "{width: 256, layers: 4, heads: 4, patch_size: 16, image_size: 128, cls_every: 2}"
+VISION = "{width: 256, layers: 4, heads: 4, patch_size: 16, image_size: 128, readout: {every: 2}}"
 # ZeRO-3 with rules that matter at these sizes: prefetching, parameters released between forward and backward.
 ZERO3 = {
     "zero3-none": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},

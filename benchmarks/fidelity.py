@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
+from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, NeckConfig, Readout, VisionConfig
 from lavin_ds.data.collate import Batch
 from lavin_ds.data.layout import IGNORE, official_layout
 from lavin_ds.errors import UserError
@@ -136,11 +136,11 @@ class Golden:
                 patch_size=c["vision_patch"],
                 image_size=c["image_size"],
                 mlp_ratio=shapes[block + "mlp.c_fc.weight"][0] / c["vision_width"],
-                cls_every=c["vision_layers"] // self.visual_tokens,
+                readout=Readout(every=c["vision_layers"] // self.visual_tokens),
             ),
             llm_adapter=adapter,
             vision_adapter=adapter,
-            neck_dim=c["hidden_proj"],
+            neck=NeckConfig(dim=c["hidden_proj"]),
             frozen_dtype="fp32",
         )
 

@@ -72,6 +72,9 @@ def kill_once(job: Job, delay: float, workers: int, expected: dict[str, bytes]) 
     left = [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     looks_finished = job.out.exists()
     reached = job.last_task()
+    if looks_finished and contents(job.out) == expected:  # the job was faster than its kill
+        looks_finished = False
+        shutil.rmtree(job.out)
     summary = job.finish(workers)
     same = contents(job.out) == expected
     shutil.rmtree(job.out)

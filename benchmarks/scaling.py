@@ -61,7 +61,7 @@ def config_of(layers: int = LAYERS, dtype: str = "bf16") -> RunConfig:
         "lavin-7b",
         [
             f"model.llm={{dim: 512, n_layers: {layers}, n_heads: 8, ffn_dim: 1376, vocab_size: 8192}}",
-            "model.vision={width: 128, layers: 8, heads: 2, patch_size: 14, image_size: 224, cls_every: 4}",
+            "model.vision={width: 128, layers: 8, heads: 2, patch_size: 14, image_size: 224, readout: {every: 4}}",
             f"model.frozen_dtype={dtype}",
         ],
     )

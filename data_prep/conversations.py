@@ -32,7 +32,7 @@ def turns_of(key: str, said: Sequence[str], has_image: bool, compat: bool) -> tu
         raise Refused("image", f"is missing, and the conversation has {IMAGE_MARK}")
     turns = []
     for asked, reply in zip(said[::2], said[1::2], strict=True):
-        instruction = asked.replace(IMAGE_MARK, "").strip()
+        instruction = asked.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "").strip()
         demand(key, instruction, "have an empty instruction")
         demand(key, reply, "have an empty reply: there is no answer to learn")
         turns.append(Instruction(instruction, "", reply, compat))

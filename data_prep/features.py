@@ -1,4 +1,4 @@
-"""Cached features: the [cls] tokens that a frozen CLIP makes of every image, added to a shard directory.
+"""Cached features: the rows that a frozen CLIP makes of every image, added to a shard directory.
 
     SHARDS/features-KEY-00000.arrow ...   one row an image, in the order of the image table
 
@@ -92,7 +92,7 @@ def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False
         vision=vision,
         normalise=normalisation(config),
         computed_in=config.model.frozen_dtype,
-        visual_tokens=vision.visual_tokens,
+        rows_per_image=vision.rows,
         width=vision.width,
         files=[],
         rows=reader.manifest.images.rows,
@@ -114,7 +114,7 @@ def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False
     if not overwrite:
         raise UserError(
             f"{directory} has features of another kind (CLIP with SHA-256 {present.clip_sha256[:12]}.., "
-            f"{present.visual_tokens} x {present.width}, computed in {present.computed_in}): replace them with "
+            f"{present.rows_per_image} x {present.width}, computed in {present.computed_in}): replace them with "
             "--overwrite."
         )
     return job
@@ -148,12 +148,12 @@ def extract(
     def features_of(rows: range, batches: Iterator[torch.Tensor]) -> Iterator[dict]:
         nonlocal done
         for start in range(0, len(rows), BATCH):
-            features_NPW = cls_features(tower, next(batches).to(device))
-            done += len(features_NPW)
+            features_NFW = features_of_images(tower, next(batches).to(device))
+            done += len(features_NFW)
             if on_progress:
                 on_progress(done, total)
-            for i, features_PW in zip(rows[start:], features_NPW, strict=False):
-                yield {"id": reader.image_origin(i)[0], "features": features_PW.ravel()}
+            for i, features_FW in zip(rows[start:], features_NFW, strict=False):
+                yield {"id": reader.image_origin(i)[0], "features": features_FW.ravel()}
 
     with ThreadPoolExecutor(1) as loader:
         batches = _prefetched(reader, [_file_rows(n, job.images) for n, _ in missing], loader)
@@ -184,8 +184,8 @@ def finish(job: FeatureJob) -> Manifest:
 
 
 @torch.inference_mode()
-def cls_features(tower: VisionTower, images_NSSC: torch.Tensor) -> np.ndarray:
-    """float32 [N, P, W] of uint8 pixels on the tower's device."""
+def features_of_images(tower: VisionTower, images_NSSC: torch.Tensor) -> np.ndarray:
+    """float32 [N, F, W] of uint8 pixels on the tower's device."""
     return tower(images_NSSC).float().cpu().numpy()
 
 

@@ -1,19 +1,32 @@
-"""Ends a process with the one that started it. Imports next to nothing, so that it holds from the first moment."""
+"""What a worker process of `Runner` does first: it sees to it that it ends with the process that started it.
 
-import ctypes
+This file imports next to nothing, so that the worker can be ended while it still imports what its work needs.
+"""
+
+from __future__ import annotations
+
 import os
+import pickle
 import signal
-import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_worker: Any = None
 
 
-def end_with(parent: int) -> None:
-    """Has Linux kill this process when the process `parent`, which started it, ends, were it by SIGKILL.
+def start(lifeline: Connection, worker: bytes) -> None:
+    """Unpickles the worker; ends this process as soon as the other end of `lifeline` is closed."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    _worker = pickle.loads(worker)
 
-    Elsewhere a worker ends after its task, when it finds the connection closed.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before
-            os._exit(1)
+
+def do(task: Any) -> dict:
+    return _worker.do(task)
+
+
+def _end_with(lifeline: Connection) -> None:
+    lifeline.poll(None)
+    os._exit(1)

@@ -14,6 +14,7 @@ from lavin_ds.data_prep.records import Refused
 from lavin_ds.errors import UserError
 
 MAX_IMAGE_BYTES = 200_000_000
+UTF8_MARK = b"\xef\xbb\xbf"  # Windows' editors put it before the text
 NAMES = {dict: "mapping", list: "list"}  # of JSON's values
 
 
@@ -97,7 +98,7 @@ def read_json(path: Path, kind: type, layout: str) -> tuple[Any, str]:
     """
     try:
         content = path.read_bytes()
-        raw = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+        raw = json.loads(content.removeprefix(UTF8_MARK).decode("utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {layout}.") from None
     except UnicodeDecodeError as error:
@@ -114,6 +115,36 @@ def read_json(path: Path, kind: type, layout: str) -> tuple[Any, str]:
             f"{path} must hold a JSON {NAMES[kind]}, and holds a {NAMES.get(type(raw), 'single value')}: {layout}."
         )
     return raw, hashlib.sha256(content).hexdigest()
+
+
+def read_json_lines(path: Path, layout: str) -> tuple[list[tuple[int, Any]], str]:
+    """The values of a JSON Lines file with the numbers of their lines, from 1, and the SHA-256 of its bytes.
+
+    A line that cannot be read has a Refused as its value; blank lines are left out.
+
+    Raises:
+        UserError: the file cannot be read, or none of its lines can.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {layout}.") from None
+    values: list[tuple[int, Any]] = []
+    for number, line in enumerate(content.removeprefix(UTF8_MARK).split(b"\n"), 1):
+        if line.strip():
+            values.append((number, _value(line)))
+    if values and all(isinstance(value, Refused) for _, value in values):
+        raise UserError(f"{path} is not JSON Lines, which has a JSON value on each line: {layout}.")
+    return values, hashlib.sha256(content).hexdigest()
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except UnicodeDecodeError as error:
+        return Refused("line", f"is not valid UTF-8 at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return Refused("line", f"is not valid JSON ({error})")
 
 
 def _is_json_lines(content: bytes) -> bool:

@@ -25,19 +25,6 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Offender:
-    """A record, or a sample of one, that is left out or not trained on: where it is, which key of it, and why."""
-
-    split: str
-    id: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.split} {self.id}: {self.key} {self.reason}"
-
-
-@dataclass(frozen=True)
 class Listed:
     """A record as its source lists it, not yet checked. `fault`: set if the list alone shows that it is unusable."""
 

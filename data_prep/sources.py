@@ -9,10 +9,11 @@ from difflib import get_close_matches
 
 from lavin_ds.data_prep.captions import Captions
 from lavin_ds.data_prep.instruct import Instruct
+from lavin_ds.data_prep.own import Own
 from lavin_ds.data_prep.records import Source, in_words
 from lavin_ds.data_prep.scienceqa import ScienceQA
 
-SOURCES: dict[str, type[Source]] = {source.kind: source for source in (ScienceQA, Instruct, Captions)}
+SOURCES: dict[str, type[Source]] = {source.kind: source for source in (ScienceQA, Instruct, Captions, Own)}
 
 
 def check_prompt_format(format: str) -> None:

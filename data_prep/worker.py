@@ -7,15 +7,14 @@ depends on the task alone, so neither the number of workers nor their order can 
 from __future__ import annotations
 
 import hashlib
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lavin_ds.config import ImageResize
 from lavin_ds.data import images as pictures
 from lavin_ds.data.layout import Frame, laid_out_lengths
 from lavin_ds.data.samples import Sample, make_samples
@@ -47,7 +46,7 @@ class Job:
     tokenizer: Path
     settings: PromptSettings
     image_size: int | None
-    image_resize: Literal["squash", "crop"]
+    image_resize: ImageResize
     shards: Path
 
 
@@ -114,7 +113,7 @@ class Worker:
         entry = write_shard(self.job.shards / name, ROW_SCHEMA, rows, ROW_BATCH)
         return {
             "file": _dumped(entry),
-            "outcomes": dict(tally.outcomes),
+            "outcomes": sorted(tally.outcomes.items()),
             "lengths": sorted(tally.lengths.items()),
             "longest": tally.longest,
             "images": tally.images,
@@ -189,24 +188,3 @@ def _dumped(entry: FileEntry | None) -> dict | None:
 
 def _changed(path: str, how: str) -> str:
     return f"The image {path} was changed while the job ran, it {how}: run the command again with --restart."
-
-
-def serve(descriptor: int) -> None:
-    """The life of a worker process: a Job, then tasks, from the connection, until the parent closes it."""
-    with Connection(descriptor) as connection:
-        worker = Worker(connection.recv())
-        while True:
-            try:
-                task = connection.recv()
-            except EOFError:
-                return
-            connection.send(_attempt(worker, task))
-
-
-def _attempt(worker: Worker, task: Task) -> tuple[Literal["done", "refused", "failed"], Any]:
-    try:
-        return "done", worker.do(task)
-    except UserError as error:
-        return "refused", str(error)
-    except Exception:
-        return "failed", traceback.format_exc()

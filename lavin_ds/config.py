@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -20,14 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters import KINDS as ADAPTERS
 from lavin_ds.models.adapters import LLM_POINTS, VISION_POINTS
+from lavin_ds.models.necks import KINDS as NECKS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+ImageResize = Literal["squash", "crop", "pad"]  # to a square: see data/images.py
 Checkpointing = bool | Literal["vision"] | PositiveInt
 Positive = Field(gt=0)
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Options = dict[str, bool | int | float | str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RopeScaling(Section):
@@ -37,6 +41,13 @@ class RopeScaling(Section):
     low_freq_factor: float = Field(1.0, gt=0)
     high_freq_factor: float = Field(4.0, gt=0)
     original_max_position_embeddings: int = Field(8192, gt=0)
+
+    @model_validator(mode="after")
+    def _between(self):
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if high <= low:
+            raise ValueError(f"high_freq_factor {high} must be above low_freq_factor {low}")
+        return self
 
 
 def _registered(name: str, known: Iterable[str]) -> str:
@@ -52,10 +63,10 @@ class LlamaConfig(Section):
     dim: int = Positive
     n_layers: int = Positive
     n_heads: int = Positive
-    n_kv_heads: int | None = None  # None: as many as n_heads (multi-head attention)
+    n_kv_heads: int | None = Field(None, gt=0)  # None: as many as n_heads (multi-head attention)
     ffn_dim: int = Positive
     vocab_size: int = Positive
-    norm_eps: float = Field(1e-6, gt=0)
+    norm_eps: float = Field(1e-6, gt=0, lt=1)
     rope_theta: float = Field(10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
 
@@ -76,8 +87,33 @@ class LlamaConfig(Section):
         return self
 
 
+class Readout(Section):
+    """Which rows a vision transformer hands out, and after which of its blocks: every k-th, or a single one.
+
+    Blocks behind the last one that is read are not built. LaVIN reads "the [cls] tokens from every fourth layer"
+    (paper 1, section 3.2): {rows: cls, every: 4}.
+    """
+
+    rows: Literal["cls", "patches", "all"] = "cls"
+    every: int | None = Field(None, gt=0)
+    block: int | None = Field(None, gt=0)  # counted from 1
+    norm: bool = False  # whether CLIP's last norm (ln_post) follows
+
+    @model_validator(mode="after")
+    def _one_of_both(self):
+        if (self.every is None) == (self.block is None):
+            raise ValueError(f"give either every or block (every is {self.every}, block is {self.block})")
+        return self
+
+    def blocks(self, layers: int) -> tuple[int, ...]:
+        """The blocks that are read, of a transformer with `layers`; counted from 1."""
+        if self.block is not None:
+            return (self.block,) if self.block <= layers else ()
+        return tuple(range(self.every, layers + 1, self.every))
+
+
 class VisionConfig(Section):
-    """Shape of a CLIP vision transformer, and which blocks hand their [cls] token to the LLM."""
+    """Shape of a CLIP vision transformer, and which rows it hands out."""
 
     width: int = Positive
     layers: int = Positive
@@ -86,12 +122,19 @@ class VisionConfig(Section):
     image_size: int = Positive
     mlp_ratio: float = Field(4.0, gt=0)
     quick_gelu: bool = True  # OpenAI's weights need it; most of open_clip's do not
-    cls_every: int = Field(4, gt=0)  # "the [cls] tokens from every fourth layer" (paper 1, section 3.2)
+    readout: Readout = Readout(every=4)
 
     @property
-    def visual_tokens(self) -> int:
-        """P, the number of visual tokens an image becomes."""
-        return self.layers // self.cls_every
+    def depth(self) -> int:
+        """Blocks that run: up to the last one that is read."""
+        return self.readout.blocks(self.layers)[-1]
+
+    @property
+    def rows(self) -> int:
+        """F, the rows that are handed out for an image."""
+        patches = (self.image_size // self.patch_size) ** 2
+        a_block = {"cls": 1, "patches": patches, "all": 1 + patches}[self.readout.rows]
+        return a_block * len(self.readout.blocks(self.layers))
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -99,8 +142,9 @@ class VisionConfig(Section):
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.visual_tokens == 0:
-            raise ValueError(f"layers {self.layers} below cls_every {self.cls_every} leave no visual token")
+        if not self.readout.blocks(self.layers):
+            wanted = self.readout.every or self.readout.block
+            raise ValueError(f"readout asks for block {wanted}, but there are {self.layers} layers")
         return self
 
 
@@ -117,12 +161,37 @@ class AdapterConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(10.0, gt=0)
     at: tuple[str, ...] = ("attention",)
-    options: dict[str, bool | int | float | str] = {}
+    options: Options = {}
 
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
         return _registered(kind, ["none", *ADAPTERS])
+
+    def __hash__(self) -> int:  # pydantic's own cannot hash `options`
+        return hash(self.model_dump_json())
+
+
+class NeckConfig(Section):
+    """What makes visual tokens of the vision transformer's rows; models/necks/ has the kinds.
+
+    A kind reads the keys that its equation has, and its own ones from `options`.
+    """
+
+    kind: str = "lavin"
+    dim: int = Field(128, gt=0)  # d_h of eq. 6
+    options: Options = {}
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        return _registered(kind, NECKS)
+
+    @model_validator(mode="after")
+    def _options_fit(self):
+        if wrong := NECKS[self.kind].wrong_options(self.kind, self.options):
+            raise ValueError("; ".join(wrong))
+        return self
 
     def __hash__(self) -> int:  # pydantic's own cannot hash `options`
         return hash(self.model_dump_json())
@@ -134,12 +203,13 @@ class ModelConfig(Section):
     llm_adapter: AdapterConfig = AdapterConfig()
     vision_adapter: AdapterConfig = AdapterConfig()
     vision_source: Literal["pixels", "cached"] = "pixels"  # cached: features of a frozen ViT, from `prep features`
-    neck_dim: int = Field(128, gt=0)  # d_h of eq. 6
+    neck: NeckConfig = NeckConfig()
     frozen_dtype: Dtype = "bf16"
 
     @property
     def visual_tokens(self) -> int:
-        return self.vision.visual_tokens if self.vision else 0
+        """P, the number of visual tokens an image becomes."""
+        return NECKS[self.neck.kind].visual_tokens(self.neck, self.vision.rows) if self.vision else 0
 
     @model_validator(mode="after")
     def _adapters_fit(self):
@@ -179,7 +249,7 @@ class DataConfig(Section):
     captions: bool = False
     max_length: int = Field(512, gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"] = "shorten"
-    image_resize: Literal["squash", "crop"] = "squash"  # squash: aspect ratio lost, as LaVIN; crop: as CLIP
+    image_resize: ImageResize = "squash"
 
     @field_validator("prompt_format")
     @classmethod
@@ -198,10 +268,10 @@ class TrainingConfig(Section):
     global_batch: int = Field(32, gt=0)
     micro_batch: int = Field(4, gt=0)  # bounds a micro-batch: its tokens by so many of the longest sample, its images
     packing: bool = False  # samples of a micro-batch lie end to end in one row, without padding
-    peak_lr: float = Field(1.125e-3, gt=0)  # the paper's 9e-3 is the base rate per 256 samples
-    weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    peak_lr: float = Field(1.125e-3, gt=0, le=1)  # the paper's 9e-3 is the base rate per 256 samples
+    weight_decay: float = Field(0.02, ge=0, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0, lt=1)
     grad_clip: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
     # What is recomputed in backward rather than kept. Not false: every ViT block, which saves most for its time; and

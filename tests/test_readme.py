@@ -33,6 +33,7 @@ RECIPES = {  # and the small one that stands in
     "lavin-7b-24gb": "tiny.yaml",
     "lavin-7b": "tiny.yaml",
     "lavin-13b": "tiny.yaml",
+    "own-7b": "tiny-own.yaml",
     "chatbot-13b": "tiny-chat.yaml",
     "captions-13b": "tiny-captions.yaml",
 }
@@ -59,7 +60,13 @@ def folder(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     tiny = yaml.safe_load((ROOT / "lavin_ds" / "recipes" / "tiny.yaml").read_text())
     tiny["training"] |= {"epochs": 0.5, "warmup_epochs": 0.1, "global_batch": 16, "micro_batch": 4}
-    for name, words in (("tiny", "QCM-ALE"), ("tiny-chat", "single-turn"), ("tiny-captions", "caption")):
+    formats = {
+        "tiny": "QCM-ALE",
+        "tiny-own": "conversation",
+        "tiny-chat": "single-turn",
+        "tiny-captions": "caption",
+    }
+    for name, words in formats.items():
         tiny["data"]["prompt_format"] = words
         tiny["training"]["validate_every"] = int(name == "tiny")  # the others have no split for it
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tiny))
@@ -82,6 +89,9 @@ def _write_instructions_and_captions(folder: Path) -> None:
         contents["dataset_coco.json"]["images"].append(image | {"sentences": [{"raw": "It is red."}]})
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
+    own = {"images": ["coco/train2017/1.jpg"], "conversations": said}
+    lines = [own, {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]}]
+    (folder / "pets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _fake_cluster(folder: Path) -> None:

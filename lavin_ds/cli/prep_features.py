@@ -1,4 +1,4 @@
-"""`lavin-ds prep features`: [cls] features of a frozen CLIP, cached in a shard directory."""
+"""`lavin-ds prep features`: features of images from a frozen CLIP, cached in a shard directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def features(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace features of another kind.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    r"""Compute every image's \[cls] features once, for recipes with model.vision_source: cached."""
+    """Compute every image's features once, for recipes with model.vision_source: cached."""
     config = load_recipe(recipe, overrides or [])
     # torch takes seconds to import: a wrong recipe is told before.
     import torch
@@ -48,7 +48,7 @@ def features(
         print(json.dumps(summary, indent=2))
         return
     console.out.print(
-        f"{data}: features of {summary['images']:,} images, {summary['visual_tokens']} x {summary['width']} float32 "
+        f"{data}: features of {summary['images']:,} images, {summary['rows_per_image']} x {summary['width']} float32 "
         f"(computed in {summary['computed_in']}), {summary['bytes'] / 1e6:,.1f} MB in {summary['files']} files, "
         f"{summary['seconds']:.1f} s",
         highlight=False,
@@ -73,7 +73,7 @@ def _summary(data: Path, seconds: float) -> dict:
     entry = load_manifest(data).features
     return {
         "images": entry.rows,
-        "visual_tokens": entry.visual_tokens,
+        "rows_per_image": entry.rows_per_image,
         "width": entry.width,
         "computed_in": entry.computed_in,
         "clip_sha256": entry.clip_sha256,

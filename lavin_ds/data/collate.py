@@ -1,6 +1,7 @@
 """From rows to the tensors of a batch.
 
-B samples, T tokens of the longest (packed: of all), N images, S their side in pixels, P visual tokens, W vision width
+Dimensions: B samples, T tokens of the longest (packed: of all), N images, S their side in pixels, F rows of an image
+from the ViT, W vision width.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ class Batch:
 
     ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORE where there is no label; labels stand at their own token
-    image_B: torch.Tensor  # int64, index into images_NHWC or features_NPW, -1 for text
+    image_B: torch.Tensor  # int64, index into images_NHWC or features_NFW, -1 for text
     images_NHWC: torch.Tensor | None  # uint8
     visual_start: int | None
     lengths_B: torch.Tensor  # int64, ids without padding
     row_ids: list[str]
-    features_NPW: torch.Tensor | None = None  # float32
+    features_NFW: torch.Tensor | None = None  # float32
     packed: tuple[int, ...] | None = None
 
     def first_B(self) -> torch.Tensor:
@@ -107,7 +108,7 @@ def _batch(
         labels_BT=torch.from_numpy(labels_BT),
         image_B=torch.tensor([slots.get(row.image, -1) for row in rows], dtype=torch.int64),
         images_NHWC=images if is_pixels else None,
-        features_NPW=None if is_pixels else images,
+        features_NFW=None if is_pixels else images,
         visual_start=max(layout.visual_start for layout in layouts) if slots else None,
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         row_ids=[row.id for row in rows],

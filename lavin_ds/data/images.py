@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,12 +15,15 @@ from PIL import Image, UnidentifiedImageError
 if TYPE_CHECKING:
     import torch
 
+    from lavin_ds.config import ImageResize
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the LaVIN authors normalise by (reference, section 8)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file of a few kB can claim far more
+MAX_SIDE = 7_000  # of the square that a picture is padded to; a square of it has about MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that Pillow hands to another program
 
 
@@ -54,10 +57,21 @@ def decode(content: bytes) -> Image.Image:
         raise ImageError(f"will not decode ({type(error).__name__}: {error})") from None
 
 
-def resize(image: Image.Image, size: int, how: Literal["squash", "crop"]) -> np.ndarray:
-    """Bicubic to [size, size, 3] uint8: `squash` loses the aspect ratio (LaVIN), `crop` margins (CLIP)."""
-    if how == "squash":
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+def resize(image: Image.Image, size: int, how: ImageResize) -> np.ndarray:
+    """Bicubic to a square of `size`; uint8 [size, size, 3].
+
+    squash   the whole picture, its aspect ratio lost: as LaVIN
+    crop     the middle of the picture, its aspect ratio kept: as CLIP
+    pad      the whole picture and its aspect ratio, bars of CLIP's mean colour beside it: as LLaVA-1.5
+    """
+    if how == "crop":
+        return _crop(image, size)
+    if how == "pad":
+        image = _pad_to_square(image)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     # torchvision's arithmetic: the long side rounded down, the crop's corner to the nearest even.
@@ -65,6 +79,16 @@ def resize(image: Image.Image, size: int, how: Literal["squash", "crop"]) -> np.
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _pad_to_square(image: Image.Image) -> Image.Image:
+    longest = max(image.size)
+    if longest > MAX_SIDE:  # a long strip would become a square of gigabytes
+        width, height = (max(1, round(side * MAX_SIDE / longest)) for side in image.size)
+        image, longest = image.resize((width, height), Image.Resampling.BICUBIC), MAX_SIDE
+    square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in CLIP_MEAN))
+    square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    return square
 
 
 def normalise(

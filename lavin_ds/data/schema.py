@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
-from lavin_ds.config import Dtype, RunConfig, Section, VisionConfig
+from lavin_ds.config import Dtype, ImageResize, RunConfig, Section, VisionConfig
 from lavin_ds.data.layout import Frame
 from lavin_ds.errors import UserError
 
@@ -58,7 +58,7 @@ IMAGE_SCHEMA = _schema(
 # One row a row of the image table, in its order: what a frozen CLIP makes of the pixels.
 FEATURE_SCHEMA = _schema(
     id=pa.string(),  # as in the image table
-    features=pa.list_(pa.float32()),  # [cls] tokens [visual tokens, vision width], row by row
+    features=pa.list_(pa.float32()),  # [F, vision width], row by row
 )
 
 
@@ -92,19 +92,19 @@ class SplitEntry(Section):
 
 class ImageEntry(Section):
     size: int = Field(gt=0)
-    resize: Literal["squash", "crop"]
+    resize: ImageResize
     files: list[FileEntry]
     rows: int = Field(ge=0)
 
 
 class FeatureEntry(Section):
-    """[cls] features of every image, and what they are a function of besides its pixels."""
+    """The ViT's rows of every image, and what they are a function of besides its pixels."""
 
     clip_sha256: str  # of the CLIP file
     vision: VisionConfig
     normalise: Literal["clip", "imagenet"]  # mean and standard deviation of the pixels
     computed_in: Dtype  # of the ViT; stored as float32, which holds every value of the others
-    visual_tokens: int = Field(gt=0)  # P: rows of an image's features
+    rows_per_image: int = Field(gt=0)  # F
     width: int = Field(gt=0)  # W: their columns
     files: list[FileEntry]
     rows: int = Field(ge=0)
@@ -224,13 +224,23 @@ def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | Non
             f"vocabulary: shards' tokenizer has {manifest.tokenizer.vocab_size} pieces, "
             f"recipe's model.llm.vocab_size is {model.llm.vocab_size}"
         )
-    longest = _longest(manifest, model.visual_tokens)
-    if prompt.max_length == data.max_length and longest > data.max_length:
-        found.append(
-            f"visual tokens: shards were cut for {prompt.visual_tokens}, recipe has {model.visual_tokens}, "
-            f"which makes the longest sample {longest} positions, over data.max_length {data.max_length}"
-        )
+    if prompt.max_length == data.max_length:
+        found += _check_room(manifest, config)
     return found
+
+
+def _check_room(manifest: Manifest, config: RunConfig) -> list[str]:
+    """Whether every sample has room for its visual tokens. Shards can be read with any neck that leaves it."""
+    visual_tokens, limit = config.model.visual_tokens, config.data.max_length
+    longest = _longest(manifest, visual_tokens)
+    if longest <= limit:
+        return []
+    return [
+        f"visual tokens: shards were cut for {manifest.prompt.visual_tokens}, recipe's model.neck makes "
+        f"{visual_tokens}, so the longest sample has {longest} positions, over data.max_length {limit}: prepare the "
+        f"shards with this recipe, or choose a model.neck or model.vision.readout with at most "
+        f"{max(0, visual_tokens - (longest - limit))}"
+    ]
 
 
 def check_images(manifest: Manifest, config: RunConfig) -> list[str]:
@@ -252,10 +262,10 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
     if entry is None:
         return ["features: shards hold none, recipe has model.vision_source cached (see `lavin-ds prep features`)"]
     pairs = [
-        ("visual tokens (P) of the features", entry.visual_tokens, vision.visual_tokens),
+        ("rows (F) of an image's features", entry.rows_per_image, vision.rows),
         ("width (W) of the features", entry.width, vision.width),
     ]
-    if all(ours == theirs for _, ours, theirs in pairs):  # else another tower altogether, which P and W say best
+    if all(ours == theirs for _, ours, theirs in pairs):  # else another tower altogether, which F and W say best
         pairs = [(f"model.vision.{key}", ours, getattr(vision, key)) for key, ours in entry.vision]
         pairs.append(("normalisation of the features' pixels", entry.normalise, normalisation(config)))
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]

@@ -186,10 +186,10 @@ class ShardReader:
         return batch.value("id", i), batch.value("source", i)
 
     def features(self, index: int) -> np.ndarray:
-        """Cached [cls] features of image Row.image, float32 [P, W], a read-only view of the mapped file."""
+        """Cached features of image Row.image, float32 [F, W], a read-only view of the mapped file."""
         batch, i = self._features.locate(index)
         entry = self.manifest.features
-        return batch.items("features", i).reshape(entry.visual_tokens, entry.width)
+        return batch.items("features", i).reshape(entry.rows_per_image, entry.width)
 
     @cached_property
     def _features(self) -> _Table:

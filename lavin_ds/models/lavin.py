@@ -1,6 +1,7 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
 
-Dimensions: B samples, T tokens, D model width, P visual tokens, V vocabulary. Of a packed batch, ids and hidden states
+Dimensions: B samples, T tokens, D model width, P visual tokens, F rows that the ViT hands out
+for an image, V vocabulary. Of a packed batch, ids and hidden states
 are [1, T] and [1, T, D] with all samples in the one row; what says _B still has an entry a sample.
 """
 
@@ -19,7 +20,7 @@ from lavin_ds.models.adapters.modality import ModalityEmbedding
 from lavin_ds.models.cache import Reads
 from lavin_ds.models.linear import STORAGES
 from lavin_ds.models.llama import Llama
-from lavin_ds.models.necks import VisualNeck
+from lavin_ds.models.necks.base import build_neck
 from lavin_ds.models.trainable import Trainable, trainable_parameters
 from lavin_ds.models.vision import VisionTower
 
@@ -48,7 +49,7 @@ class Lavin(nn.Module):
         if config.has_vit:
             self.vision = VisionTower(vision, config.vision_adapter, storage, recompute_vision, compat)
         if vision:
-            self.neck = VisualNeck(vision.width, config.neck_dim, llm.dim)
+            self.neck = build_neck(config.neck, vision, llm.dim)
         if config.llm_adapter.kind != "none" and KINDS[config.llm_adapter.kind].load().routed:
             self.modality = ModalityEmbedding(llm.dim)
         trainable = set(map(id, self.trainable().values()))
@@ -76,21 +77,21 @@ class Lavin(nn.Module):
         has_image_B = batch.image_B >= 0
         # A batch without images goes through here too, with no rows: on every rank every trainable module
         # takes part in every step, or ZeRO's collectives would wait for it for ever.
-        visual_BPD = self.neck(self._cls_tokens(batch, has_image_B)).to(x_BTD.dtype)
+        visual_BPD = self.neck(self._features(batch, has_image_B)).to(x_BTD.dtype)
         slot_P = (batch.visual_start or 0) + torch.arange(visual_BPD.shape[1], device=x_BTD.device)
         slot_BP = batch.first_B()[has_image_B][:, None] + slot_P
         x_ND = x_BTD.flatten(0, 1).clone()
         x_ND[slot_BP] = visual_BPD
         return x_ND.view_as(x_BTD), has_image_B.long()
 
-    def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
-        """[cls] tokens of the samples with an image, [samples with an image, P, vision width]."""
+    def _features(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
+        """The ViT's rows of every sample with an image, [samples with an image, F, vision width]."""
         if self.vision is None:
-            features_NPW = batch.features_NPW
-            if features_NPW is None:
-                shape = (0, self.config.visual_tokens, self.config.vision.width)
-                features_NPW = torch.empty(shape, device=batch.ids_BT.device)
-            return features_NPW[batch.image_B[has_image_B]]
+            features_NFW = batch.features_NFW
+            if features_NFW is None:
+                shape = (0, self.config.vision.rows, self.config.vision.width)
+                features_NFW = torch.empty(shape, device=batch.ids_BT.device)
+            return features_NFW[batch.image_B[has_image_B]]
         images = batch.images_NHWC
         if images is None:
             size = self.config.vision.image_size

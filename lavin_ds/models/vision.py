@@ -1,6 +1,6 @@
-"""CLIP's vision transformer (open_clip) with adapters, read out at its [cls] tokens.
+"""CLIP's vision transformer (open_clip) with adapters, and the rows it hands out.
 
-Dimensions: B images, S = 1 + patches tokens of an image, W vision width, N = B*S rows, P visual tokens.
+Dimensions: B images, S = 1 + patches tokens of an image, W vision width, F rows that are handed out for one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lavin_ds.models.lean import QuickGELU
 from lavin_ds.models.linear import STORAGES, FrozenLinear, Storage
 from lavin_ds.models.llama import default_dtype
 
+ROWS = {"cls": slice(0, 1), "patches": slice(1, None), "all": slice(None)}  # of the S tokens, by VisionConfig.readout
+
 
 def _clip_layers(config: VisionConfig, storage: Storage) -> OpenClipVision:
     """open_clip's ViT, uninitialised: neither time nor global random numbers go into values that are loaded anyway.
@@ -30,7 +32,7 @@ def _clip_layers(config: VisionConfig, storage: Storage) -> OpenClipVision:
             image_size=config.image_size,
             patch_size=config.patch_size,
             width=config.width,
-            layers=config.visual_tokens * config.cls_every,
+            layers=config.depth,
             heads=config.heads,
             mlp_ratio=config.mlp_ratio,
             output_dim=1,  # the projection is not kept
@@ -100,10 +102,10 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A ViT that returns the [cls] tokens of every `cls_every`-th block (paper 1, section 3.2).
+    """A ViT that hands out rows of some of its blocks, as `config.readout` says.
 
-    Blocks behind the last one that is read out do not exist, nor do ln_post, the projection and the text
-    tower: nothing would see them.
+    Blocks behind the last one that is read do not exist, nor do the projection and the text tower: nothing would see
+    them. The last norm (ln_post) is there if the read-out wants it.
     """
 
     def __init__(
@@ -117,12 +119,15 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.read_blocks = set(config.readout.blocks(config.layers))
+        self.kept_rows = ROWS[config.readout.rows]
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if compat else (CLIP_MEAN, CLIP_STD)
         clip = _clip_layers(config, storage)
         self.conv1 = clip.conv1
         self.class_embedding = clip.class_embedding
         self.positional_embedding = clip.positional_embedding
         self.ln_pre = clip.ln_pre
+        self.ln_post = clip.ln_post if config.readout.norm else None
         self.blocks = nn.ModuleList(
             VisionBlock(block, config.width, adapter or AdapterConfig(), batch_routed=compat)
             for block in clip.transformer.resblocks
@@ -133,7 +138,7 @@ class VisionTower(nn.Module):
         return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[cls] tokens [B, P, W] of images: uint8 [B, S, S, 3], or already normalised floats [B, 3, S, S].
+        """Rows [B, F, W] of images, block after block: uint8 [B, S, S, 3], or already normalised floats [B, 3, S, S].
 
         B may be 0: a rank without images still runs every module, which ZeRO's collectives rely on.
         """
@@ -141,12 +146,13 @@ class VisionTower(nn.Module):
         patches = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, S-1, W]
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         x_BSW = self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
-        cls_tokens = []
+        handed_out = []
         for number, block in enumerate(self.blocks, start=1):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BSW = checkpoint(block, x_BSW, use_reentrant=False)
             else:
                 x_BSW = block(x_BSW)
-            if number % self.config.cls_every == 0:
-                cls_tokens.append(x_BSW[:, 0])
-        return torch.stack(cls_tokens, dim=1)
+            if number in self.read_blocks:
+                handed_out.append(x_BSW[:, self.kept_rows])
+        x_BFW = torch.cat(handed_out, dim=1)
+        return x_BFW if self.ln_post is None else self.ln_post(x_BFW)

@@ -27,7 +27,7 @@ from lavin_ds.config import Checkpointing, RunConfig, parse_config, recomputed_l
 from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
 from lavin_ds.errors import UserError
 from lavin_ds.profiling.calibrate import roofline_seconds
-from lavin_ds.profiling.layers import BASE, from_few_layers, peak_components, with_parts
+from lavin_ds.profiling.layers import BASE, from_few_layers, parts_of, peak_components, with_parts
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
 from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, labelled_share, pace
 from lavin_ds.profiling.tracker import Operation
@@ -245,7 +245,7 @@ class _Search:
             return np.zeros(2)
         one, none = (
             self._seconds(with_parts(config, BASE[0], parts), Workload(1, config.data.max_length, images))
-            for parts, images in ((config.model.visual_tokens, 1.0), (1, 0.0))
+            for parts, images in ((parts_of(config.model), 1.0), (1, 0.0))
         )
         return one - none
 

@@ -1,7 +1,8 @@
 """Figures of a step of the whole model from steps of models with a few layers, many times faster.
 
-All LLaMA layers do the same work, and so do all parts of the ViT: its blocks from one [cls] token that is read out to
-the next. So any sum over operators is linear in their numbers, and so is what is held at a given moment.
+All LLaMA layers do the same work, and so do all parts of the ViT: its blocks from one that is read out to the next, or
+each block where only the last is read. So any sum over operators is linear in their numbers, and so is what is held at
+a given moment.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lavin_ds.config import RunConfig
+from lavin_ds.config import ModelConfig, RunConfig
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate
 
@@ -39,7 +40,7 @@ def from_few_layers(
     def at(layers: int, parts: int) -> np.ndarray:
         return measure(_simulated(with_parts(config, layers, parts), workload, gpus, make))
 
-    layers, parts = config.model.llm.n_layers, config.model.visual_tokens if config.model.has_vit else 0
+    layers, parts = config.model.llm.n_layers, parts_of(config.model)
     if layers < BASE[0]:
         return measure(simulate(config, workload, gpus, make))
     base = at(*BASE)
@@ -66,12 +67,23 @@ def peak_components(simulation: Simulation) -> np.ndarray:
     return np.array([simulation.components[name] for name in COMPONENTS], dtype=float)
 
 
+def parts_of(model: ModelConfig) -> int:
+    """How many equal parts the ViT has; 0 if the recipe runs none."""
+    if not model.has_vit:
+        return 0
+    return model.vision.depth // (model.vision.readout.every or 1)
+
+
 def with_parts(config: RunConfig, layers: int, parts: int) -> RunConfig:
-    """The recipe with `layers` LLaMA layers and, if it has a ViT, `parts` visual tokens."""
+    """The recipe with `layers` LLaMA layers and, if it has a ViT, `parts` parts of it."""
     model = config.model
     update = {"llm": model.llm.model_copy(update={"n_layers": layers})}
     if model.has_vit:
-        update["vision"] = model.vision.model_copy(update={"layers": parts * model.vision.cls_every})
+        readout = model.vision.readout
+        shorter = {"layers": parts * (readout.every or 1)}
+        if readout.block:
+            shorter["readout"] = readout.model_copy(update={"block": parts})
+        update["vision"] = model.vision.model_copy(update=shorter)
     return config.model_copy(update={"model": model.model_copy(update=update)})
 
 

@@ -157,7 +157,7 @@ def make_batch(model: ModelConfig, workload: Workload, packing: bool = False) ->
         labels_BT=labels_BT.view(rows),
         image_B=torch.tensor([b if b < images else -1 for b in range(B)]),
         images_NHWC=torch.zeros(images, size, size, 3, dtype=torch.uint8) if images and model.has_vit else None,
-        features_NPW=torch.zeros(images, model.visual_tokens, model.vision.width)
+        features_NFW=torch.zeros(images, model.vision.rows, model.vision.width)
         if images and not model.has_vit
         else None,
         visual_start=VISUAL_START if images else None,
@@ -183,7 +183,7 @@ def simulate(config: RunConfig, workload: Workload, gpus: int = 1, make: Callabl
         batch = make_batch(config.model, workload, config.training.packing)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             make_fake(model)
-            for name in ("images_NHWC", "features_NPW"):
+            for name in ("images_NHWC", "features_NFW"):
                 if getattr(batch, name) is not None:
                     batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
             with ConcreteIndices(mode):

@@ -95,8 +95,8 @@ class PublishedLavin(Lavin):
         loss = F.cross_entropy(logits_NV.float(), target_N, ignore_index=IGNORE, reduction="sum")
         return loss, int((target_N != IGNORE).sum())
 
-    def _cls_tokens(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
-        """[cls] tokens [samples with an image, P, W]; the embedding of a batch asks for them."""
+    def _features(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
+        """Rows of the ViT [samples with an image, F, W]; the embedding of a batch asks for them."""
         size = self.config.vision.image_size
         images = batch.images_NHWC
         if images is None:
@@ -109,17 +109,18 @@ class PublishedLavin(Lavin):
         return self._vision(everyone)[has_image_B]
 
     def _vision(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[cls] tokens [B, P, W] of every `cls_every`-th block."""
+        """Rows [B, F, W], as VisionTower hands them out."""
         tower = self.vision
         patches = tower.conv1(pixels.to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         cls = tower.class_embedding.expand(len(pixels), 1, -1)
         x_BSW = tower.ln_pre(torch.cat([cls, patches], dim=1) + tower.positional_embedding)
-        cls_tokens = []
+        handed_out = []
         for number, block in enumerate(tower.blocks, start=1):
             x_BSW = _run(tower.activation_checkpointing, self._vision_block, block, x_BSW)
-            if number % tower.config.cls_every == 0:
-                cls_tokens.append(x_BSW[:, 0])
-        return torch.stack(cls_tokens, dim=1)
+            if number in tower.read_blocks:
+                handed_out.append(x_BSW[:, tower.kept_rows])
+        x_BFW = torch.cat(handed_out, dim=1)
+        return x_BFW if tower.ln_post is None else tower.ln_post(x_BFW)
 
     def _vision_block(self, block: VisionBlock, x_BSW: torch.Tensor) -> torch.Tensor:
         clip = block.clip

@@ -32,7 +32,7 @@ def _image_products(vision: VisionConfig) -> int:
     """Products of a weight and a token in the blocks of the ViT."""
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     weights = 4 * vision.width**2 + 2 * vision.width * int(vision.width * vision.mlp_ratio)
-    return vision.visual_tokens * vision.cls_every * weights * tokens
+    return vision.depth * weights * tokens
 
 
 def peak_flops(device: torch.device) -> float | None:

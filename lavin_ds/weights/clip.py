@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from lavin_ds.config import VisionConfig
 from lavin_ds.errors import UserError
-from lavin_ds.weights.llama import LoadReport
+from lavin_ds.weights.architecture import some
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # torch and open_clip take seconds to import, and headers are
     from lavin_ds.models.vision import VisionTower
 
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+# A block of either layout's vision tower; and what stands after its blocks, or is a constant.
+NUMBERED = re.compile(r"(?:resblocks|encoder\.layers)\.(\d+)\.")
+IGNORABLE = re.compile(r"(^|\.)(proj|ln_post\.\w+|post_layernorm\.\w+|visual_projection\.\w+|position_ids)$")
 # The tower's names, to Hugging Face's; of a block, what is in one tensor here is in three there.
 HF_TOWER = {
     "class_embedding": ["embeddings.class_embedding"],
@@ -40,6 +43,8 @@ HF_TOWER = {
     "positional_embedding": ["embeddings.position_embedding.weight"],
     "ln_pre.weight": ["pre_layrnorm.weight"],  # their spelling
     "ln_pre.bias": ["pre_layrnorm.bias"],
+    "ln_post.weight": ["post_layernorm.weight"],
+    "ln_post.bias": ["post_layernorm.bias"],
 }
 HF_BLOCK = {
     f"{ours}{kind}": [f"{theirs}.{kind}" for theirs in several]
@@ -115,6 +120,22 @@ class ClipFile:
         stated["quick_gelu"] = stated["quick_gelu"] and stated["quick_gelu"] == "quick_gelu"
         return {key: int(value) for key, value in stated.items() if value is not None}
 
+    def unused(self, config: VisionConfig) -> list[str]:
+        """Tensors of the file's vision tower that the recipe's would not use, though they change what it computes."""
+        used = {part for name in tower_shapes(config) for part in self.parts[name]}
+        if self.hugging_face:
+            prefix = _hugging_face_prefix(self.file.shapes)
+            tower = [part for part in self.file.shapes if part.startswith(prefix)]
+        else:
+            tower = [part for (part,) in self.parts.values()]
+        kept_blocks = config.visual_tokens * config.cls_every
+
+        def is_needless(part: str) -> bool:
+            block = NUMBERED.search(part)
+            return bool(IGNORABLE.search(part) or block and int(block[1]) >= kept_blocks)
+
+        return [part for part in tower if part not in used and not is_needless(part)]
+
     def copy(self, name: str, target: torch.Tensor) -> None:
         """Fills `target` with the tower's tensor `name`."""
         rows = 0
@@ -134,9 +155,13 @@ def _open_clip_parts(theirs: dict) -> dict[str, list[str]]:
     return parts
 
 
+def _hugging_face_prefix(theirs: dict) -> str:
+    # CLIPModel's names begin with vision_model; those of a CLIPVisionModel do before transformers 5.
+    return "vision_model." if any(part.startswith("vision_model.") for part in theirs) else ""
+
+
 def _hugging_face_parts(theirs: dict) -> dict[str, list[str]]:
-    # CLIPModel's names begin with vision_model; those of a CLIPVisionModel do, or do not, by transformers' version.
-    prefix = "vision_model." if any(part.startswith("vision_model.") for part in theirs) else ""
+    prefix = _hugging_face_prefix(theirs)
     parts = {ours: [prefix + part for part in several] for ours, several in HF_TOWER.items()}
     blocks = {found[1] for part in theirs if (found := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", part))}
     for n in blocks:
@@ -169,7 +194,9 @@ def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         "ln_pre.weight": (W,),
         "ln_pre.bias": (W,),
     }
-    for number in range(config.visual_tokens * config.cls_every):  # blocks behind the last that is read out: not there
+    if config.readout.norm:
+        shapes |= {"ln_post.weight": (W,), "ln_post.bias": (W,)}
+    for number in range(config.depth):  # blocks behind the last that is read out: not there
         shapes.update({f"blocks.{number}.clip.{name}": shape for name, shape in block.items()})
     return shapes
 
@@ -178,7 +205,8 @@ def check_clip(path: Path, config: VisionConfig) -> ClipFile:
     """Opens a CLIP file and compares it with the recipe, from its header alone.
 
     Raises:
-        UserError: as ClipFile; or the file and the recipe disagree in a number; or a tensor is missing.
+        UserError: as ClipFile; or the file and the recipe disagree in a number; or a tensor is missing, or one is there
+            that the tower does not use.
     """
     clip = ClipFile(path)
     for key, theirs in clip.described().items():
@@ -197,13 +225,19 @@ def check_clip(path: Path, config: VisionConfig) -> ClipFile:
                 f"{path}: {clip.parts[name][0]} is {list(clip.shapes[name])}, but the recipe's model.vision makes it "
                 f"{list(shape)}."
             )
+    unused = clip.unused(config)
+    if unused:
+        raise UserError(
+            f"{path} has {len(unused)} tensors in its vision tower that the tower here does not use: {some(unused)}. "
+            "Without them it would compute something else. Give OpenAI's CLIP or one built like it."
+        )
     return clip
 
 
-def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], None] | None = None) -> LoadReport:
+def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
     """Fills the tower's frozen parameters, cast to their dtype; adapters are not touched.
 
-    What the tower has no use for (text tower, projection, blocks behind the last that is read out) is not read.
+    What the tower does not need (text tower, projection, blocks after the last one read out) is not read.
     on_progress(done, total) is called after every tensor.
 
     Raises:
@@ -218,6 +252,3 @@ def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], 
         fill_weight(tower.get_submodule(owner), parameter, partial(clip.copy, name))
         if on_progress:
             on_progress(done, len(names))
-    used = {part for name in names for part in clip.parts[name]}
-    unexpected = [part for part in clip.file.shapes if part not in used]
-    return LoadReport(matched=list(names), missing=[], unexpected=unexpected)

@@ -14,13 +14,13 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavin_ds.config import LlamaConfig, RopeScaling
 from lavin_ds.errors import UserError
+from lavin_ds.weights.architecture import IGNORABLE, check_description, check_tensors, some
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 
 if TYPE_CHECKING:
@@ -28,26 +28,7 @@ if TYPE_CHECKING:
 
     from lavin_ds.models.llama import Llama
 
-IGNORABLE = re.compile(r"rope\.freqs$|rotary_emb\.inv_freq$")  # constants that old files carry along
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every tensor: loaded, wanted but absent, in the file but of no use here."""
-
-    matched: list[str]
-    missing: list[str]
-    unexpected: list[str]
-
-    def __str__(self) -> str:
-        text = f"{len(self.matched)} tensors loaded"
-        if self.missing:
-            text += f", {len(self.missing)} missing ({_some(self.missing)})"
-        if self.unexpected:
-            text += f", {len(self.unexpected)} not used ({_some(self.unexpected)})"
-        return text
-
-
+ROPE_THETA = 10000.0  # where the files do not state it
 Part = tuple[slice, ...]  # of a tensor: from where to where in every dimension
 
 
@@ -61,6 +42,7 @@ class MetaLlama:
     def __init__(self, path: Path):
         self.path = path
         self.params = _read_json(path / "params.json")
+        check_description(path / "params.json", self.params)
         files = sorted(path.glob("consolidated.*.pth"))
         numbers = [file.name.split(".")[1] for file in files]
         if numbers != [f"{i:02d}" for i in range(len(files))]:
@@ -75,7 +57,8 @@ class MetaLlama:
     def described(self) -> dict[str, object]:
         """What the files say about the model, by LlamaConfig's keys."""
         params, n = self.params, len(self.shards)
-        facts = {key: params.get(key) for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")}
+        facts = {key: params.get(key) for key in ("dim", "n_layers", "n_heads", "norm_eps")}
+        facts["rope_theta"] = params.get("rope_theta", ROPE_THETA)
         facts["n_kv_heads"] = params.get("n_kv_heads") or params.get("n_heads")
         facts["rope_scaling"] = bool(params.get("use_scaled_rope"))
         facts["ffn_dim"] = _rows(self.shapes, "layers.0.feed_forward.w1.weight", times=n)
@@ -139,9 +122,7 @@ class HuggingFaceLlama:
     def __init__(self, path: Path):
         self.path = path
         self.params = _read_json(path / "config.json")
-        for key in ("attention_bias", "mlp_bias"):
-            if self.params.get(key):
-                raise UserError(f"{path / 'config.json'} has {key}: this is not a LLaMA, and its biases would be lost.")
+        check_description(path / "config.json", self.params)
         self.files = _huggingface_files(path)
         self.file_of: dict[str, SafetensorsFile | TorchFile] = {}
         for file in self.files:
@@ -162,7 +143,7 @@ class HuggingFaceLlama:
             "ffn_dim": params.get("intermediate_size"),
             "vocab_size": _rows(self.shapes, "model.embed_tokens.weight"),
             "norm_eps": params.get("rms_norm_eps"),
-            "rope_theta": params.get("rope_theta", rope.get("rope_theta")),
+            "rope_theta": params.get("rope_theta", rope.get("rope_theta", ROPE_THETA)),
             "rope_scaling": self._rope_scaling(params.get("rope_scaling") or rope),
         }
 
@@ -185,7 +166,7 @@ class HuggingFaceLlama:
                 names[f"layers.{layer[1]}.{self.LAYER_NAMES[layer[2]]}"] = theirs
             else:
                 names[self.NAMES.get(theirs, theirs)] = theirs
-        if "output.weight" not in names and self.params.get("tie_word_embeddings"):
+        if self.params.get("tie_word_embeddings"):  # transformers then ignores an output of the file's own, too
             names["output.weight"] = "model.embed_tokens.weight"
         return names
 
@@ -258,19 +239,22 @@ def check_llama(path: Path, config: LlamaConfig) -> MetaLlama | HuggingFaceLlama
     """Opens a folder and compares it with the recipe, from JSON and tensor headers alone.
 
     Raises:
-        UserError: as open_llama; or the files and the recipe disagree in a number or a shape; or a tensor is missing.
+        UserError: as open_llama; or the files and the recipe disagree in a number or a shape; or a tensor is missing,
+            or one is there that the model does not use.
     """
     files = open_llama(path)
     _compare(files, config)
-    missing = [name for name in llama_shapes(config) if name not in files.names]
+    shapes = llama_shapes(config)
+    check_tensors(path, [theirs for name, theirs in files.names.items() if name not in shapes])
+    missing = [name for name in shapes if name not in files.names]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} tensors of a LLaMA: {_some(missing)}. Is its download complete?")
-    for name, shape in llama_shapes(config).items():
+        raise UserError(f"{path} lacks {len(missing)} tensors of a LLaMA: {some(missing)}. Is its download complete?")
+    for name, shape in shapes.items():
         files.check_shape(name, shape)
     return files
 
 
-def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None] | None = None) -> LoadReport:
+def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
     """Fills the frozen parameters of `model` on this rank, cast to their dtype; adapters are not touched.
 
     on_progress(done, total) is called after every tensor.
@@ -288,8 +272,6 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
         fill_weight(owner, "weight", partial(files.copy, name, part, whole, model.config.head_dim))
         if on_progress:
             on_progress(done, len(wholes))
-    unexpected = [name for name in files.names if name not in wholes]
-    return LoadReport(matched=list(wholes), missing=[], unexpected=unexpected)
 
 
 def _compare(files: MetaLlama | HuggingFaceLlama, config: LlamaConfig) -> None:
@@ -324,9 +306,10 @@ def _huggingface_files(path: Path) -> list[SafetensorsFile | TorchFile]:
                 raise UserError(f"{path / index_name} has no weight_map: it is not an index of weights.")
             absent = sorted({name for name in weight_map.values() if not (path / name).is_file()})
             if absent:
-                raise UserError(f"{path / index_name} names {_some(absent)}, which {path} lacks: download the rest.")
+                raise UserError(f"{path / index_name} names {some(absent)}, which {path} lacks: download the rest.")
             return [open_tensors(path / name) for name in sorted(set(weight_map.values()))]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+    # model.safetensors holds all of the model: others beside it are other things, such as adapters.
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model*.bin"):
         files = sorted(path.glob(pattern))
         if files:
             return [open_tensors(file) for file in files]
@@ -345,8 +328,3 @@ def _read_json(path: Path) -> dict:
 
 def _rows(shapes: dict[str, tuple[int, ...]], name: str, times: int = 1) -> int | None:
     return shapes[name][0] * times if name in shapes else None
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -92,7 +92,7 @@ def test_cached_features_stand_in_for_pixels():
 
     batch = collate(ROWS, features, FRAME, 2)
     assert batch.images_NHWC is None and batch.image_B.tolist() == [0, -1, 1]
-    assert batch.features_NPW[:, 0, 0].tolist() == [40, 30] and batch.features_NPW.shape == (2, 2, 5)
+    assert batch.features_NFW[:, 0, 0].tolist() == [40, 30] and batch.features_NFW.shape == (2, 2, 5)
 
 
 def test_a_batch_can_be_pickled():

@@ -128,9 +128,9 @@ def test_every_disagreement_with_the_recipe_is_named(shards, clip):
     cache(shards, clip)
     manifest = load_manifest(shards)
     vision = CACHED.model.vision.model_dump()
-    other = config_with(vision_source="cached", vision=vision | {"cls_every": 2, "width": 32})
+    other = config_with(vision_source="cached", vision=vision | {"readout": {"every": 2}, "width": 32})
     assert check_manifest(manifest, other)[:2] == [
-        "visual tokens (P) of the features: shards 2, recipe 4",
+        "rows (F) of an image's features: shards 2, recipe 4",
         "width (W) of the features: shards 16, recipe 32",
     ]
     gelu = config_with(vision_source="cached", vision=vision | {"quick_gelu": False})

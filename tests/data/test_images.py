@@ -98,3 +98,27 @@ def test_a_decompression_bomb_is_refused():
         decode(png_claiming(10_000, 10_000))
     with pytest.raises(ImageError, match="decompression bomb"):
         decode(png_claiming(100_000, 100_000))
+
+
+@pytest.mark.parametrize("size", [(120, 200), (333, 97), (64, 64)])
+def test_pad_is_llavas(size):
+    """Reference: expand2square of LLaVA-1.5, then CLIP's preprocessing, which finds a square and crops nothing."""
+    picture, side = noise(*size), max(size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    reference = transforms.Compose(
+        [
+            transforms.Resize(64, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(64),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+    assert torch.equal(normalised(resize(picture, 64, "pad")), reference(square))
+
+
+def test_a_long_strip_is_padded_without_a_square_of_its_length(monkeypatch):
+    monkeypatch.setattr(images, "MAX_SIDE", 100)
+    pixels = resize(Image.new("RGB", (1000, 100), (255, 0, 0)), 50, "pad")
+    assert pixels.shape == (50, 50, 3)
+    assert (pixels[25] == (255, 0, 0)).all() and (pixels[[0, 15, 35, -1]] == (122, 116, 104)).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data_helpers import record, small_config, write_scienceqa
 
+from lavin_ds.config import NeckConfig, Readout
 from lavin_ds.data import shards
 from lavin_ds.data.layout import lay_out
 from lavin_ds.data.schema import ROW_SCHEMA, check_manifest, load_manifest, manifest_sha256
@@ -182,13 +183,21 @@ def test_every_disagreement_with_the_recipe_is_named(prepared, changes, message)
 def test_more_visual_tokens_are_refused_only_where_they_make_samples_overlong(prepared):
     manifest = load_manifest(prepared)
     model = small_config().model
-    more = model.vision.model_copy(update={"cls_every": 1})
+    more = model.vision.model_copy(update={"readout": Readout(every=1)})
     config = small_config().model_copy(update={"model": model.model_copy(update={"vision": more})})
     assert check_manifest(manifest, config) == []
-    longest = manifest.splits["train"].model_copy(update={"longest_image": 504})
+    patches = model.vision.model_copy(update={"readout": Readout(rows="patches", block=8)})
+    linear = model.model_copy(update={"vision": patches, "neck": NeckConfig(kind="linear")})
+    assert check_manifest(manifest, small_config().model_copy(update={"model": linear})) == []
+    longest = manifest.splits["train"].model_copy(update={"longest_image": 497})
     tight = manifest.model_copy(update={"splits": {"train": longest}})
     [found] = check_manifest(tight, config)
-    assert "cut for 2, recipe has 8" in found
+    assert "cut for 2, recipe's model.neck makes 8" in found
+    most = int(found.split("with at most ")[1])
+    for tokens, refused in ((most, False), (most + 1, True)):
+        few = model.vision.model_copy(update={"layers": tokens, "readout": Readout(every=1)})
+        config = small_config().model_copy(update={"model": model.model_copy(update={"vision": few})})
+        assert bool(check_manifest(tight, config)) == refused
 
 
 def test_a_row_is_data(prepared):

@@ -33,10 +33,10 @@ RECIPE = {
     "name": "distributed",
     "model": {
         "llm": {"dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 64, "vocab_size": 512},
-        "vision": {"width": 16, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 32, "cls_every": 1},
+        "vision": {"width": 16, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 32, "readout": {"every": 1}},
         "llm_adapter": {"kind": "mm", "dropout": 0.0},
         "vision_adapter": {"kind": "mm", "dropout": 0.0},
-        "neck_dim": 16,
+        "neck": {"dim": 16},
         "frozen_dtype": "fp32",
     },
     "data": {"max_length": 160},

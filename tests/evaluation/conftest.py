@@ -28,7 +28,7 @@ from lavin_ds.weights.adapter import save_adapter
 
 QUESTIONS = 42
 VOCABULARY = 256
-VISION = {"width": 16, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 16, "cls_every": 1}
+VISION = {"width": 16, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 16, "readout": {"every": 1}}
 LLM = {"dim": VOCABULARY, "n_layers": 1, "n_heads": 2, "ffn_dim": 8, "vocab_size": VOCABULARY}
 
 
@@ -69,8 +69,7 @@ class Pipeline:
             config=self.seeing_config,
             inputs=Inputs(data=self.data, llama=llama, clip=self.clip),
             data_sha256=manifest_sha256(self.data, "pixels"),
-            ranks=1,
-            versions={},
+            starts=(),
         ).save(folder)
         return folder
 
@@ -88,7 +87,7 @@ def pipeline(tmp_path_factory) -> Pipeline:
             vision=VISION,
             llm_adapter={"kind": "mm", "dim": 4},
             vision_adapter={"kind": "mm", "dim": 4},
-            neck_dim=8,
+            neck={"dim": 8},
         ),
         tokenizer=tokenizer,
         clip=write_clip(folder / "clip.safetensors"),

@@ -18,7 +18,7 @@ from lavin_ds.parallel import initialize_single_process
 from lavin_ds.weights.llama import load_llama
 
 VOCABULARY = 256  # the pipeline's tokenizer has as many
-VISION = VisionConfig(width=16, layers=2, heads=2, patch_size=8, image_size=16, cls_every=1)
+VISION = VisionConfig(width=16, layers=2, heads=2, patch_size=8, image_size=16, readout={"every": 1})
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 
 
@@ -47,7 +47,7 @@ def lavin_around(theirs, vision: VisionConfig | None) -> Lavin:
     initialize_single_process()
     llm = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=VOCABULARY)
     adapter = AdapterConfig(kind="mm", dim=4) if vision else AdapterConfig()
-    config = ModelConfig(llm=llm, vision=vision, vision_adapter=adapter, neck_dim=8, frozen_dtype="fp32")
+    config = ModelConfig(llm=llm, vision=vision, vision_adapter=adapter, neck={"dim": 8}, frozen_dtype="fp32")
     model = Lavin(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -16,10 +16,10 @@ VOCABULARY = 97
 ADAPTER = AdapterConfig(kind="mm", dim=4, temperature=1.0)
 CONFIG = ModelConfig(
     llm=LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=VOCABULARY),
-    vision=VisionConfig(width=16, layers=2, heads=2, patch_size=8, image_size=16, cls_every=1),
+    vision=VisionConfig(width=16, layers=2, heads=2, patch_size=8, image_size=16, readout={"every": 1}),
     llm_adapter=ADAPTER,
     vision_adapter=ADAPTER,
-    neck_dim=8,
+    neck={"dim": 8},
     frozen_dtype="fp32",
 )
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)

@@ -16,10 +16,10 @@ VISUAL_START = 3
 ADAPTER = AdapterConfig(kind="mm", dim=4, dropout=0.1, temperature=2.0)
 CONFIG = ModelConfig(
     llm=LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64),
-    vision=VisionConfig(width=32, layers=2, heads=4, patch_size=8, image_size=16, cls_every=1),
+    vision=VisionConfig(width=32, layers=2, heads=4, patch_size=8, image_size=16, readout={"every": 1}),
     llm_adapter=ADAPTER,
     vision_adapter=ADAPTER,
-    neck_dim=8,
+    neck={"dim": 8},
     frozen_dtype="fp32",
 )
 

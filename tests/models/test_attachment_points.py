@@ -8,7 +8,7 @@ from model_helpers import CONFIG, fill, make_batch
 from pydantic import ValidationError
 
 from lavin_ds.config import ModelConfig, Section
-from lavin_ds.models.adapters import KINDS, Kind, register
+from lavin_ds.models.adapters import KINDS, AdapterKind, register
 from lavin_ds.models.adapters.base import Adapter
 from lavin_ds.models.lavin import Lavin
 
@@ -36,7 +36,7 @@ class ToyAdapter(Adapter):
 @pytest.fixture
 def toy():
     points = ("attention", "ffn", "after_attention", "after_ffn", "beside_ffn")
-    register("toy", Kind(ToyAdapter, points, options=ToyOptions))
+    register("toy", AdapterKind(ToyAdapter, ToyOptions, points))
     yield
     del KINDS["toy"]
 
@@ -93,4 +93,4 @@ def test_a_kinds_own_options_are_checked_by_the_kind(toy):
 
 def test_no_kind_takes_the_name_of_another():
     with pytest.raises(ValueError, match="an adapter kind mm already"):
-        register("mm", Kind(ToyAdapter))
+        register("mm", AdapterKind(ToyAdapter))

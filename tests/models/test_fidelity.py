@@ -79,7 +79,7 @@ def other_folder(tmp_path_factory, fidelity):
             "vision": {"width": 64, "layers": 8, "heads": 1, "patch_size": 7, "image_size": 28},
             "llm_adapter": adapter,
             "vision_adapter": adapter,
-            "neck_dim": 12,
+            "neck": {"dim": 12},
             "frozen_dtype": "fp32",
         }
     )

@@ -19,12 +19,12 @@ LLAMA_31 = {
 }
 
 
-def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
+def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None, kind="Llama", **their_own):
     """Hugging Face's model with random weights, and ours loaded from what it saved."""
     torch.manual_seed(0)
     rope = {"rope_parameters": {"rope_theta": rope_theta, **(scaling or {"rope_type": "default"})}}
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
             **SHAPE,
             **rope,
             num_key_value_heads=kv_heads,
@@ -32,6 +32,7 @@ def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
             rms_norm_eps=1e-6,
             max_position_embeddings=256,
             tie_word_embeddings=tied,
+            **their_own,
         )
     ).eval()
     theirs.save_pretrained(folder, max_shard_size="100KB")
@@ -59,6 +60,15 @@ def pair(folder, kv_heads, tied=False, rope_theta=10000.0, scaling=None):
 @torch.no_grad()
 def test_logits_are_those_of_transformers(tmp_path, kv_heads, tied, rope_theta, scaling):
     theirs, ours = pair(tmp_path, kv_heads, tied, rope_theta, scaling)
+    ids = torch.randint(0, 100, (3, 90), generator=torch.Generator().manual_seed(1))
+    want = theirs(ids).logits
+    got = ours.logits(ours(ours.embed(ids)))
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_a_mistral_without_a_sliding_window_is_a_llama(tmp_path):
+    theirs, ours = pair(tmp_path, 2, kind="Mistral", sliding_window=None)
     ids = torch.randint(0, 100, (3, 90), generator=torch.Generator().manual_seed(1))
     want = theirs(ids).logits
     got = ours.logits(ours(ours.embed(ids)))

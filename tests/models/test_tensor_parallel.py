@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_helpers import CONFIG, VARIANTS, fill, make_batch, pack
+from ranks import in_ranks
 
 from lavin_ds.config import LlamaConfig, ModelConfig
 from lavin_ds.data.collate import Batch
@@ -90,11 +91,11 @@ def story(folder: Path) -> list[int]:
     return ids
 
 
-def work(rank: int, ranks: int, folder: Path, stories: Path | None) -> None:
+def work(folder: Path, stories: Path | None) -> None:
     """One rank: loads its slices of the frozen weights, takes the rest whole, and writes what it found."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store{ranks}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     initialize_tensor_parallel(ranks)
     models = {name: load(name, folder / name) for name in compared(ranks)}
     found = {name: losses_and_gradients(model) for name, model in models.items()}
@@ -114,7 +115,7 @@ def test_ranks_agree_with_one_and_stay_alike(tmp_path, shared, ranks):
     for name in compared(ranks):
         save(name, tmp_path / name)
     stories = shared / "data" / "stories260k"
-    torch.multiprocessing.spawn(work, (ranks, tmp_path, stories), nprocs=ranks)
+    in_ranks(ranks, work, tmp_path, stories)
 
     of_rank = [torch.load(tmp_path / f"rank{rank}of{ranks}.pt") for rank in range(ranks)]
     for name in compared(ranks):

@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 from model_helpers import VARIANTS, fill, make_batch
+from ranks import in_ranks
 
 from lavin_ds.config import RunConfig
 from lavin_ds.models.lavin import Lavin
@@ -28,7 +29,7 @@ def train(model: Lavin, backward, step) -> list[torch.Tensor]:
     return losses
 
 
-def work(rank: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     """Trains each model as it is and under the engine, and writes both curves."""
     start_distributed()
     initialize_tensor_parallel(1)
@@ -62,7 +63,7 @@ def test_every_kind_of_adapter_trains_under_zero_3_as_without(tmp_path):
     # Threshold 0: also parameters as small as these are split, and gathered only while their module runs.
     settings = {"stage": 3, "stage3_param_persistence_threshold": 0}
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": settings}))
-    torch.multiprocessing.spawn(work, (tmp_path,), nprocs=1)
+    in_ranks(1, work, tmp_path)
     curves = torch.load(tmp_path / "curves.pt")
     assert set(curves) == set(VARIANTS)
     for kind, (got, want, apart, sharded) in curves.items():

@@ -7,7 +7,7 @@ from lavin_ds.config import RunConfig, load_recipe
 
 TINY = [
     "model.llm={dim: 96, n_layers: 2, n_heads: 4, ffn_dim: 256, vocab_size: 512}",
-    "model.vision={width: 64, layers: 2, heads: 2, patch_size: 8, image_size: 64, cls_every: 1}",
+    "model.vision={width: 64, layers: 2, heads: 2, patch_size: 8, image_size: 64, readout: {every: 1}}",
     "model.frozen_dtype=fp32",
 ]
 

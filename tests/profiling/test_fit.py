@@ -57,7 +57,7 @@ def test_a_tight_card_recomputes_and_the_whole_model_was_simulated():
 @pytest.mark.parametrize("value", [False, 3])
 def test_settings_are_ordered_by_what_they_would_take_and_hold(value):
     """The sums of parts that decide which setting is simulated as a whole, beside that simulation."""
-    vision = "model.vision={width: 32, layers: 4, heads: 2, patch_size: 8, image_size: 32, cls_every: 1}"
+    vision = "model.vision={width: 32, layers: 4, heads: 2, patch_size: 8, image_size: 32, readout: {every: 1}}"
     config = load_recipe("lavin-7b", [*SMALL, vision])
     search = _Search(Setting((), config, 0), 1e9, DEVICE, 1, TRAINING_SET, 0.4, lambda text: None)
     setting = search._setting(4, value)
@@ -83,6 +83,6 @@ def test_more_cards_split_the_layers():
 
 @pytest.mark.parametrize("kind, source", [("none", "cached"), ("rep", "pixels")])
 def test_features_stand_in_for_a_vit_that_does_not_learn(kind, source):
-    vision = "model.vision={width: 32, layers: 2, heads: 2, patch_size: 8, image_size: 32, cls_every: 1}"
+    vision = "model.vision={width: 32, layers: 2, heads: 2, patch_size: 8, image_size: 32, readout: {every: 1}}"
     _, found = fit(10**9, overrides=[vision, f"model.vision_adapter={{kind: {kind}}}"])
     assert found.best.config.model.vision_source == source

@@ -152,7 +152,7 @@ def test_zero3_gathers_what_is_in_use_and_no_more(tiny, tmp_path):
 def test_zero3s_peak_on_two_ranks_is_that_of_a_real_engine(rules, tmp_path):
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000} | rules
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-    small = ["model.llm.n_layers=2", "model.vision.layers=2", "model.vision.cls_every=1"]
+    small = ["model.llm.n_layers=2", "model.vision.layers=2", "model.vision.readout.every=1"]
     batch = ["training.micro_batch=4", "training.global_batch=8"]
     config = load_recipe("tiny", [*small, *batch, f"deepspeed={tmp_path / 'zero3.json'}"])
     # Ranks are forks, and nothing here may be forked once it has simulated.

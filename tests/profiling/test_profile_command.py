@@ -58,7 +58,7 @@ def test_json_report(recipe):
 def test_table_says_what_its_marks_mean_and_overrides_stand_bare(recipe, tmp_path):
     png = tmp_path / "memory.png"
     arguments = ("--recipe", str(recipe), "training.micro_batch=2", "--length", "96", "--plot", str(png))
-    text = invoke(*arguments, "model.neck_dim=64")
+    text = invoke(*arguments, "model.neck.dim=64")
     assert "s simulated" in text and "x extrapolated" in text
     assert "2 x 96 positions" in text
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ from lavin_ds.parallel import initialize_single_process
 from lavin_ds.profiling.memory import Workload, make_batch
 from lavin_ds.training.flops import step_flops
 
-SMALL = [f"model.{k}" for k in ("llm.dim=256", "llm.n_heads=4", "llm.ffn_dim=512", "vision.width=192", "neck_dim=8")]
+SMALL = [f"model.{k}" for k in ("llm.dim=256", "llm.n_heads=4", "llm.ffn_dim=512", "vision.width=192", "neck.dim=8")]
 SMALL += ["model.llm_adapter.dim=2", "model.vision_adapter.dim=2", "model.vision.image_size=64"]
 
 

@@ -58,7 +58,7 @@ def test_a_merged_folder_is_a_base_like_any_other(folders):
     assert json.loads(result.stdout)["tensors"] == 21
     config = CONFIG.model.llm.model_copy(update={"vocab_size": VOCABULARY + 1})
     model = Llama(config)
-    assert load_llama(model, folder / "vicuna").unexpected == []
+    load_llama(model, folder / "vicuna")
     ids = torch.randint(0, VOCABULARY, (2, 7))
     theirs = AutoModelForCausalLM.from_pretrained(folder / "vicuna", dtype=torch.float32)
     torch.testing.assert_close(model.logits(model(model.embed(ids))), theirs(ids).logits, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ def golden(shared) -> tuple[RunConfig, object, list[dict]]:
         vision=VisionConfig(width=128, layers=12, heads=2, patch_size=14, image_size=56),
         llm_adapter=adapter,
         vision_adapter=adapter,
-        neck_dim=16,
+        neck={"dim": 16},
         frozen_dtype="fp32",
     )
     parameters = json.loads((folder / "params.json").read_text())

@@ -20,10 +20,17 @@ CONFIG = RunConfig.model_validate(
         "name": "small",
         "model": {
             "llm": {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "vocab_size": 64},
-            "vision": {"width": 32, "layers": 3, "heads": 4, "patch_size": 8, "image_size": 16, "cls_every": 2},
+            "vision": {
+                "width": 32,
+                "layers": 3,
+                "heads": 4,
+                "patch_size": 8,
+                "image_size": 16,
+                "readout": {"every": 2},
+            },
             "llm_adapter": ADAPTER,
             "vision_adapter": ADAPTER,
-            "neck_dim": 8,
+            "neck": {"dim": 8},
             "frozen_dtype": "fp32",
         },
     }

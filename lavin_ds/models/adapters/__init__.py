@@ -35,22 +35,20 @@ Points that no kind needs yet, and where they would go:
     extra input rows          lavin.py, `Lavin.embed`: exists, a neck's visual tokens (models/necks.py)
     base tensors that learn   trainable.py decides what learns: the module that holds them derives from `Trainable`
 
-A new kind is one file and one `register`. What a recipe is checked against is in `Kind`: a recipe is read without
-torch, and this file does not import it.
+A new kind is one file and one `register`. A recipe is read without torch. So what it is checked against stands here,
+in `AdapterKind`, and this file does not import torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+from lavin_ds.models.kinds import Kind
 
 if TYPE_CHECKING:
     from lavin_ds.config import AdapterConfig
-    from lavin_ds.models.adapters.base import Adapter
 
 ON_INPUT = ("attention", "ffn")
 VISION_POINTS = ON_INPUT  # what the ViT's blocks have
@@ -58,24 +56,11 @@ LLM_POINTS = (*ON_INPUT, "after_attention", "after_ffn", "beside_ffn", "projecti
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Where a kind of adapter is written, and what a recipe may say of it.
+class AdapterKind(Kind):
+    """`check` takes the adapter's configuration and the width of the rows it acts on, and says what is wrong."""
 
-    `check` takes the adapter's configuration and the width of the rows it acts on, and says what is wrong.
-    `options` are keys of the kind's own, given under `options` in the recipe.
-    """
-
-    adapter: str | type[Adapter]  # the class, or "family.Class" in this package: imported when a model is built
     points: tuple[str, ...] = ON_INPUT  # where it can sit
     check: Callable[[AdapterConfig, int], str | None] | None = None
-    options: type[BaseModel] | None = None
-
-    def load(self) -> type[Adapter]:
-        """The adapter's class."""
-        if not isinstance(self.adapter, str):
-            return self.adapter
-        family, name = self.adapter.split(".")
-        return getattr(import_module(f"{__name__}.{family}"), name)
 
     def problems(self, config: AdapterConfig, width: int, points: tuple[str, ...]) -> list[str]:
         """What is wrong with an adapter of this kind in blocks of `width` features that have these points."""
@@ -89,22 +74,13 @@ class Kind:
                 "each once"
             )
         said = self.check(config, width) if self.check else None
-        return found + ([said] if said else []) + self._wrong_options(config)
-
-    def _wrong_options(self, config: AdapterConfig) -> list[str]:
-        if self.options is None:
-            return [f"kind {config.kind} has no options, but {name} is given" for name in config.options]
-        try:
-            self.options.model_validate(config.options)
-        except ValidationError as error:
-            return [f"options.{'.'.join(map(str, e['loc']))} of kind {config.kind}: {e['msg']}" for e in error.errors()]
-        return []
+        return found + ([said] if said else []) + self.wrong_options(config.kind, config.options)
 
 
-KINDS: dict[str, Kind] = {}
+KINDS: dict[str, AdapterKind] = {}
 
 
-def register(name: str, kind: Kind) -> None:
+def register(name: str, kind: AdapterKind) -> None:
     """Makes `kind` known to recipes by `name`."""
     if name in KINDS or name == "none":
         raise ValueError(f"there is an adapter kind {name} already")
@@ -125,12 +101,12 @@ def groups_fit_halves(config: AdapterConfig, width: int) -> str | None:
     return groups_fit(config, width, halves=2)
 
 
-register("mm", Kind("mm.MMAdapter", check=groups_fit))
-register("concat", Kind("mm.ConcatAdapter", check=groups_fit_halves))
-register("rep", Kind("bottleneck.RepAdapter", check=groups_fit))
-register("bottleneck", Kind("bottleneck.BottleneckAdapter", check=groups_fit))
-register("bottleneck_weighted", Kind("bottleneck.WeightedBottleneck", check=groups_fit))
-register("loha", Kind("loha.LohaAdapter"))
-register("loha_mm", Kind("loha.LohaMMAdapter", check=groups_fit))
-register("loha_silu", Kind("loha.LohaSiluAdapter", check=groups_fit))
-register("lora", Kind("lora.LoRA", ("projections",)))
+register("mm", AdapterKind(f"{__name__}.mm:MMAdapter", check=groups_fit))
+register("concat", AdapterKind(f"{__name__}.mm:ConcatAdapter", check=groups_fit_halves))
+register("rep", AdapterKind(f"{__name__}.bottleneck:RepAdapter", check=groups_fit))
+register("bottleneck", AdapterKind(f"{__name__}.bottleneck:BottleneckAdapter", check=groups_fit))
+register("bottleneck_weighted", AdapterKind(f"{__name__}.bottleneck:WeightedBottleneck", check=groups_fit))
+register("loha", AdapterKind(f"{__name__}.loha:LohaAdapter"))
+register("loha_mm", AdapterKind(f"{__name__}.loha:LohaMMAdapter", check=groups_fit))
+register("loha_silu", AdapterKind(f"{__name__}.loha:LohaSiluAdapter", check=groups_fit))
+register("lora", AdapterKind(f"{__name__}.lora:LoRA", points=("projections",)))
