@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint
 class Letters:
     """Id 30 + n is the n-th letter; 1 and 2 are BOS and EOS. What the engine needs of a tokenizer, and no more."""
 
-    bos_id, eos_id, vocab_size = 1, 2, VOCABULARY
+    bos_id, eos_id, vocab_size, adds_space = 1, 2, VOCABULARY, False
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(character) % 20 for character in text]
