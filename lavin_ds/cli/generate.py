@@ -18,9 +18,7 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help='JSON Lines of {"id", "prompt", "image"}; images are paths beside the file.')
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="With --prompts: JSON Lines to write, or to go on with.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: JSON Lines to write, or to go on with.")] = None,
     run: Run = None,
     recipe: Recipe = None,
     llama: Llama = None,
