@@ -137,5 +137,7 @@ def test_every_command_runs_in_the_order_of_the_readme(folder):
         # A rank takes ten seconds to import what it needs: where the command is not about ranks, one core, so one rank.
         several = {"deepspeed", "sbatch"} & set(words) or "--hostfile" in words or "tensor_parallel=2" in words
         pin = None if several else _pin_to_a_core
-        done = subprocess.run(words, cwd=folder, env=environment, preexec_fn=pin, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            words, cwd=folder, env=environment, preexec_fn=pin, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

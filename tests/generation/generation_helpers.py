@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+import lavin_ds
 from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
 from lavin_ds.data.collate import prompt_batch
 from lavin_ds.data.layout import Frame
@@ -12,6 +15,7 @@ from lavin_ds.data.shards import Row
 from lavin_ds.generation.request import Answer, Request
 from lavin_ds.models.lavin import Lavin
 
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"  # the base that ships
 VOCABULARY = 97
 ADAPTER = AdapterConfig(kind="mm", dim=4, temperature=1.0)
 CONFIG = ModelConfig(

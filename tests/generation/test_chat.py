@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ASSETS
+from generation_helpers import ASSETS
 
 PROGRAM = "from lavin_ds.cli.main import run; run()"
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ASSETS
+from generation_helpers import ASSETS
 from typer.testing import CliRunner
 
 from lavin_ds.cli.main import app

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ASSETS
+from generation_helpers import ASSETS
 
 from lavin_ds.config import load_recipe
 from lavin_ds.data.layout import Frame
