@@ -44,7 +44,6 @@ PACKAGES = (
     "torch",
     "deepspeed",
     "fairscale",
-    "open_clip_torch",
     "safetensors",
     "pyarrow",
     "numpy",
