@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import lavin_ds
 from lavin_ds.data_prep.sample import generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1400)]
+pytestmark = pytest.mark.timeout(1400)
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -124,6 +124,7 @@ def test_the_readme_has_every_kind_of_command():
         assert start in text
 
 
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_readme(folder):
     path = os.pathsep.join([str(folder / "cluster"), str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
