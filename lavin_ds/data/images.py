@@ -32,7 +32,7 @@ class ImageError(Exception):
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decodes a file's bytes to RGB. Transparency is dropped, not blended, as the authors do.
+    """Decodes a file's bytes to RGB. Transparency is dropped, not blended, as in the authors' code.
 
     Raises:
         ImageError: not an image of a known format, truncated, or of more than MAX_PIXELS pixels.
@@ -95,7 +95,7 @@ def normalise(
     images_NHWC: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
     """uint8 [N, S, S, 3] to float32 [N, 3, S, S] on the same device, with torchvision's numerics."""
-    import torch  # here alone: prep and its workers do without it
+    import torch  # not at the top: prep and its workers need no torch
 
     x_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32).div(255)
     channels = [torch.tensor(v, dtype=torch.float32, device=x_NCHW.device).view(3, 1, 1) for v in (mean, std)]
