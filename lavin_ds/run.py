@@ -1,11 +1,12 @@
 """A run directory: everything a training run leaves behind, and enough to start it again.
 
-RUN/run.json             the resolved configuration, the inputs, the versions (this file's RunRecord)
-RUN/metrics.jsonl        one line an optimizer step
+RUN/run.json             the resolved configuration, the inputs, every start (RunRecord below)
+RUN/metrics.jsonl        one line per optimizer step
 RUN/checkpoints/         trainables, optimizer and position, to resume from
 RUN/adapter.safetensors  the trained adapters, once the run is complete; adapter-best: those of the best validation
 RUN/summary.json         what it cost: steps, seconds, peak memory
 RUN/suspects.json        samples of the steps that a diverged run stopped at
+RUN/monitors/            what the monitors of the DeepSpeed configuration write
 RUN/.lock                held while a process trains here
 RUN/.stop                asks a run on several nodes to save and end
 """
@@ -16,9 +17,10 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -28,7 +30,7 @@ from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
 
-LOCK, STOP = ".lock", ".stop"
+LOCK, STOP, MONITORS = ".lock", ".stop", "monitors"
 SPLIT, VALIDATION_SPLIT = "train", "val"  # of the shards: what a run trains on and validates on
 
 
@@ -43,15 +45,32 @@ class Inputs(BaseModel):
     init_adapter: Path | None = None  # what the adapters began as; None: new ones
 
 
+class Start(BaseModel):
+    """One start of a run: the first, or one that resumed it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    began: str  # UTC, ISO 8601
+    step: int  # steps that were done before it
+    ranks: int
+    versions: dict[str, str]
+    git_revision: str | None = None
+
+
 class RunRecord(BaseModel):
+    """RUN/run.json. config: of the latest start; a resumed run may differ only in what launching/resume.py lists."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: RunConfig
     inputs: Inputs
     data_sha256: str  # of the shards' manifest
-    ranks: int
-    versions: dict[str, str]
-    git_revision: str | None = None
+    starts: tuple[Start, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Of the latest start."""
+        return self.starts[-1].ranks
 
     def save(self, run: Path) -> None:
         write_json(run / "run.json", self.model_dump(mode="json"))
@@ -102,11 +121,14 @@ def check_free(run: Path) -> None:
 
 @contextmanager
 def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Makes the folder and keeps others from training in it; ends with the process, however that dies.
+    """Makes the folder and keeps others from training in it. The system releases it when the process dies.
+
+    A folder that was made here goes again if nothing was trained in it.
 
     Raises:
         UserError: another process holds it, or it cannot be made.
     """
+    existed = run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed below
@@ -122,7 +144,22 @@ def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if not existed:
+                remove_if_unused(run)
+
+
+def remove_if_unused(run: Path) -> None:
+    """Removes a run directory in which nothing was trained: run.json is written when the first step is done."""
+    if (run / "run.json").exists():
+        return
+    shutil.rmtree(run / MONITORS, ignore_errors=True)
+    for name in (LOCK, STOP):
+        (run / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or somebody put something in
+        run.rmdir()
 
 
 def _lock(file: TextIO) -> bool:

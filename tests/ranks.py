@@ -26,13 +26,15 @@ class Spy:
 
     file_size_limit: bytes after which writing a file fails, as on a full disk. keep_values: every rank writes the
     adapters that it holds at the end to OUT/values-of-rank-N.safetensors. fails_at: step at which rank 1's data raises.
-    stops_at: step at which rank 0 gets SIGTERM. second_out: the --out of rank 1, as on a disk of another node's own.
+    stops_at: step at which rank 0 gets SIGTERM. stops_in_validation: rank 1 gets it in the first batch of the first
+    validation. second_out: the --out of rank 1, as on a disk of another node's own.
     """
 
     file_size_limit: int | None = None
     keep_values: bool = False
     fails_at: int | None = None
     stops_at: int | None = None
+    stops_in_validation: bool = False
     second_out: Path | None = None
 
 
@@ -76,7 +78,7 @@ def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> N
     os.dup2(output, 1)
     os.dup2(output, 2)
     from lavin_ds.launching.rank import end, run
-    from lavin_ds.training import checkpoint, feed
+    from lavin_ds.training import checkpoint, feed, validation
 
     if spy.file_size_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (spy.file_size_limit, spy.file_size_limit))
@@ -92,6 +94,14 @@ def _rank(rank: int, world: int, port: int, arguments, log: Path, spy: Spy) -> N
         return step(self, number)
 
     feed.Feed.step = disturb
+    if spy.stops_in_validation and rank == 1:
+        score = validation.Validation._score
+
+        def stop_and_score(self, *args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return score(self, *args)
+
+        validation.Validation._score = stop_and_score
     if spy.keep_values:
         gather = checkpoint.gather_values
 

@@ -17,20 +17,22 @@ from lavin_ds.launching.arguments import TrainArguments, takes_run_options
 
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks here; default: GPUs, or up to 2 cores.")]
 Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several nodes.")]
+Force = Annotated[bool, typer.Option("--force", help="Start although the simulated memory is more than is free.")]
 
 
 @takes_run_options
-def train(arguments: TrainArguments, ranks: Ranks = None, hostfile: Hostfile = None) -> None:
+def train(arguments: TrainArguments, ranks: Ranks = None, hostfile: Hostfile = None, force: Force = False) -> None:
     """Train adapters; `lavin-ds validate` with the same words checks everything without doing it."""
     from lavin_ds.launching.launcher import launch
 
-    raise typer.Exit(launch(arguments, ranks, hostfile))
+    raise typer.Exit(launch(arguments, ranks, hostfile, force))
 
 
 def _validate(
     arguments: TrainArguments,
     ranks: Ranks = None,
     hostfile: Hostfile = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check what `lavin-ds train` would do with the same words; --out may be left out. Exit code 2 if anything is
@@ -39,7 +41,7 @@ def _validate(
 
     out = arguments.out
     with console.err.status("checking"):
-        checks = all_checks(replace(arguments, out=out or Path("run")), ranks, hostfile)
+        checks = all_checks(replace(arguments, out=out or Path("run")), ranks, hostfile, force)
     checks = [check for check in checks if out or check.name != "run directory"]
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
@@ -59,5 +61,7 @@ def _checklist(checks) -> Table:
     table.add_column("Found")
     for check in checks:
         mark = Text("ok", style="green") if check.passed else Text("WRONG", style="bold red")
+        if check.warning:
+            mark = Text("warning", style="yellow")
         table.add_row(check.name, mark, Text(check.found, overflow="fold"))
     return table

@@ -10,11 +10,12 @@ from lavin_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Check:
-    """found: what is there, or what is wrong and what to do about it."""
+    """found: what is there, or what is wrong and what to do about it. warning: it passed by --force alone."""
 
     name: str
     found: str
     passed: bool
+    warning: bool = False
 
 
 def refuse(checks: list[Check]) -> None:

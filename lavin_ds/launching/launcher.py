@@ -12,12 +12,14 @@ from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.launching.deepspeed_command import count_ranks, launch_command, local_devices, local_ranks
 from lavin_ds.launching.preflight import Check, refuse, run_checks
 from lavin_ds.launching.process import run_to_the_end
-from lavin_ds.launching.resources import disk_check, loading_check, memory_check
+from lavin_ds.launching.resources import disk_check, memory_check
 from lavin_ds.machine import free_port, gpus
-from lavin_ds.run import STOP
+from lavin_ds.run import STOP, remove_if_unused
 
 
-def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> list[Check]:
+def all_checks(
+    arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None, force: bool = False
+) -> list[Check]:
     """What `launch` would check, and the memory estimate on any machine."""
     config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     if config:
@@ -26,9 +28,7 @@ def all_checks(arguments: TrainArguments, ranks: int | None = None, hostfile: Pa
         if all(check.passed for check in checks if check.name in ("ranks", "DeepSpeed")):
             total = count_ranks(ranks, hostfile)
             here = local_ranks() if hostfile else total
-            if gpus():  # where there is none, it is a part of the memory that follows
-                checks.append(loading_check(config, here))
-            checks.append(memory_check(config, total, here))
+            checks.append(memory_check(config, total, here, force))
     return checks
 
 
@@ -44,8 +44,10 @@ def _device(ranks: int) -> Check:
     return Check("devices", "no GPU is visible here: ranks of this machine run on the CPU", passed=True)
 
 
-def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None) -> int:
-    """Checks a run, starts it and waits for its end; returns the exit code.
+def launch(
+    arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None, force: bool = False
+) -> int:
+    """Checks a run, starts it and waits for its end; returns the exit code. force: see memory_check.
 
     Raises:
         UserError: everything that the preflight finds wrong.
@@ -53,12 +55,16 @@ def launch(arguments: TrainArguments, ranks: int | None = None, hostfile: Path |
     config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     refuse(checks)
     total = count_ranks(ranks, hostfile)
-    if gpus():  # elsewhere it may take longer than the runs one tries there
-        here = local_ranks() if hostfile else total
-        refuse([loading_check(config, here), memory_check(config, total, here)])
-    before = _identity(arguments.out / "summary.json")
+    if gpus():  # without one, the check may take longer than the small runs that people try there
+        check = memory_check(config, total, local_ranks() if hostfile else total, force)
+        refuse([check])
+        if check.warning:
+            print(f"warning: {check.found}", file=sys.stderr)
+    existed, before = arguments.out.exists(), _identity(arguments.out / "summary.json")
     command = launch_command("train.py", total, hostfile, free_port(), arguments.words())
     code = run_to_the_end(command, arguments.out / STOP if hostfile else None)
+    if code and not existed:  # ranks that were killed could not do it
+        remove_if_unused(arguments.out)
     if code == 0 and _identity(arguments.out / "summary.json") == before:
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
         print("error: the launcher ended, but the training had not: go on with --resume auto", file=sys.stderr)

@@ -118,7 +118,12 @@ def _vision(arguments: TrainArguments, config: RunConfig) -> str:
 
 
 def _init_adapter(arguments: TrainArguments, config: RunConfig) -> str:
-    check_fits(arguments.init_adapter, config)
+    if arguments.init_adapter.suffix == ".pth":
+        from lavin_ds.weights.official import read_official  # imports torch
+
+        read_official(arguments.init_adapter, config.model)
+    else:
+        check_fits(arguments.init_adapter, config)
     return f"{arguments.init_adapter}: fits the recipe"
 
 
@@ -137,4 +142,9 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
     if arguments.resume == "auto" and has_run:
         check_same_run(arguments, config)
         return f"{out}: goes on with the run that is there"
+    if any(out.glob("checkpoints/step-*")):
+        raise UserError(
+            f"{out} has checkpoints but no run.json, which says what configuration and data they belong to: put it "
+            "back from a copy, or give another --out."
+        )
     return f"{out}: new"

@@ -24,9 +24,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
-    """Runs a launch in a session of its own; returns its exit code when nothing of it is left.
+    """Runs a launch in a session of its own and returns its exit code when all of its processes have ended.
 
-    stop_file: asks ranks that no signal reaches, as they run on other nodes, to save and end.
+    stop_file: made to ask ranks on other nodes, which no signal reaches, to save and end.
     """
     if stop_file:
         stop_file.unlink(missing_ok=True)
@@ -40,8 +40,8 @@ def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
             stop_file.parent.mkdir(parents=True, exist_ok=True)
             stop_file.touch()
         elif stop_file and not ranks and interrupts == 1:
-            launcher.terminate()  # DeepSpeed ends them where they are, by name: other launches there, too
-        elif interrupts or not ranks:  # a person who will not wait, or nothing to save
+            launcher.terminate()  # DeepSpeed then ends the ranks on the other nodes, by name: those of other runs, too
+        elif interrupts or not ranks:  # a second Ctrl-C, or there is nothing to save yet
             os.killpg(launcher.pid, signal.SIGKILL)
         interrupts += number == signal.SIGINT
         for rank in ranks:
@@ -61,14 +61,14 @@ def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
 def _environment() -> dict[str, str]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_PID: str(os.getpid())}
     if gpus():
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include says it, and DeepSpeed would say that it ignores it
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include replaces it, and DeepSpeed would warn about it
     else:
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no other
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no GPU
     return environment
 
 
 def _ranks(launcher_pid: int) -> list[psutil.Process]:
-    """The processes of a launch that do its work: those that run the script, not those that start it."""
+    """The processes of a launch that run its script; its other processes only start and watch them."""
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(launcher_pid).children(recursive=True):

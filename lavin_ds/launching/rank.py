@@ -1,6 +1,6 @@
-"""One rank's life around the training: it dies with those who started it, and what failed first is read first.
+"""What a rank does around the training: checks, error messages, exit codes, and ending with its launcher.
 
-Nothing here imports torch at once, so that a rank is watching, and has told what is wrong, before that slow import.
+torch is imported late: it takes seconds, and before that a rank already watches its launcher and has run the checks.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ from lavin_ds.training.stop import StopSignal
 LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by launching/process.py
 LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
 WATCH_SECONDS = 0.5
-GRACE_SECONDS = 5  # for the launcher to end the ranks that a failed one leaves behind
-STOP_SECONDS = 30  # to finish a step and save; as long as DeepSpeed's launcher gives a rank
+GRACE_SECONDS = 5  # the launcher has this long to end the other ranks after one has failed
+STOP_SECONDS = 30  # a rank has this long to finish its step and save; DeepSpeed's launcher waits as long
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "tcpstore")
 
 
 def run(arguments: TrainArguments) -> int:
-    """Trains on this rank; returns its exit code. A failure is told on stderr, the first one before its consequences:
-    a rank that only lost its peer waits for the launcher to end it."""
+    """Trains on this rank; returns its exit code.
+
+    Errors go to stderr, the cause before its consequences: a rank that only lost its peer first waits for the launcher
+    to end it, and prints nothing if that happens.
+    """
     rank = os.environ.get("RANK", "0")
-    # Before the slow imports: a signal that comes now counts too.
+    # Before the slow imports, so that a signal that comes during them is not lost.
     stop = StopSignal(arguments.out / STOP if rank == "0" else None)
     watch_launchers(stop)
     try:
@@ -46,7 +49,7 @@ def run(arguments: TrainArguments) -> int:
         return _train(arguments, config, stop)
     except UserError as error:
         if rank != "0":
-            _wait(stop)  # rank 0 says the same, unless it is this node's trouble alone
+            _wait(stop)  # rank 0 usually prints the same error, and the launcher then ends this rank
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -74,7 +77,7 @@ def _train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> in
 
 
 def _wait(stop: StopSignal) -> None:
-    """Ends this rank silently when the launcher ends it; returns if nobody does."""
+    """Waits for the launcher to end this rank, and then ends it silently; returns if that does not happen."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:
         if stop.received:
@@ -83,21 +86,21 @@ def _wait(stop: StopSignal) -> None:
 
 
 def end(code: int) -> None:
-    """Ends the process at once: after a failure, taking process groups down in order may hang."""
+    """Ends the process at once. After a failure, destroying the process groups may hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def watch_launchers(stop: StopSignal | None = None) -> None:
-    """Starts a thread that ends this process when one of those that started it is gone: DeepSpeed's two launchers and
-    `lavin-ds train`. Killed themselves, they cannot end it, and it would train on unseen.
+    """Starts a thread that ends this process when a process that started it is gone: DeepSpeed's two launchers and
+    `lavin-ds train`. If they are killed they cannot end their ranks, which would go on training unnoticed.
 
-    A rank that trains saves first where a signal may have ended the launcher: `deepspeed` dies at once of those that
-    stop a run. And a rank that is told to end because another failed is killed: it waits for that one in a collective,
-    and the launcher would give it 30 seconds.
+    Two special cases. `deepspeed` dies at once of the signals that stop a run, so a rank whose launcher is gone may
+    have been meant to stop: it saves first. And a rank that gets SIGTERM because another rank failed is killed: it
+    waits for that rank in a collective, and the launcher would wait 30 seconds for it.
 
-    A thread that looks, not PR_SET_PDEATHSIG: that tells of the parent alone, and only on Linux.
+    A thread is used and not PR_SET_PDEATHSIG, which watches only the parent and exists only on Linux.
     """
     launchers = _launchers()
     if launchers:
@@ -129,12 +132,13 @@ def _watch(launchers: list[psutil.Process], stop: StopSignal | None) -> None:
     while all(_is_alive(process) for process in launchers):
         sleep(WATCH_SECONDS)
         if stop and stop.received and not stop.over and _has_lost_a_rank(launchers[0]):
-            time.sleep(1)  # when a run was stopped and has saved, one rank may be quicker
+            time.sleep(1)  # after a stop that was saved, one rank may just have ended sooner
             if not stop.over:
                 os.kill(os.getpid(), signal.SIGKILL)
     if not (stop and stop.received) and os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: the process that started this training is gone: ending it", file=sys.stderr, flush=True)
-    # `lavin-ds train` passes signals on, so if none came, it was killed and nobody waits. `deepspeed` may have got one.
+    # `lavin-ds train` passes signals on: if it is gone and no signal came, it was killed. A bare `deepspeed` may have
+    # died of a signal that it did not pass on, so its ranks save before they end.
     if stop and stop.heeded and (stop.received or LAUNCHER_PID not in os.environ):
         stop.received = stop.received or signal.SIGTERM
         time.sleep(STOP_SECONDS)
@@ -143,11 +147,11 @@ def _watch(launchers: list[psutil.Process], stop: StopSignal | None) -> None:
 
 def _has_lost_a_rank(launcher: psutil.Process) -> bool:
     """Whether DeepSpeed's launcher has fewer ranks left than it started."""
-    script = psutil.Process().cmdline()[:3]  # it has other children, too, for moments
+    script = psutil.Process().cmdline()[:3]  # the launcher has other, short-lived children too
     with suppress(psutil.NoSuchProcess):
         below = launcher.children(recursive=True)
         ranks = [process for process in below if _is_alive(process) and process.cmdline()[:3] == script]
-        return len(ranks) < int(os.environ.get("LOCAL_SIZE", "0"))  # which DeepSpeed's launcher sets
+        return len(ranks) < int(os.environ.get("LOCAL_SIZE", "0"))  # set by DeepSpeed's launcher
     return False
 
 

@@ -1,12 +1,18 @@
-"""What a run takes of this machine, beside what is free: disk, memory, and RAM while loading."""
+"""What a run takes of this machine's disk and memory, beside what is free."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from lavin_ds.config import RunConfig
+from lavin_ds.devices import OVERHEAD
 from lavin_ds.launching.checks import Check, nearest_folder
+from lavin_ds.launching.ram import free_ram
+from lavin_ds.machine import gpus
 
 
 def disk_check(out: Path, config: RunConfig) -> Check:
@@ -34,47 +40,51 @@ def _size(bytes: int) -> str:
     return f"{bytes / 1e9:,.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:,.1f} MB"
 
 
-def loading_check(config: RunConfig, local_ranks: int) -> Check:
-    """The RAM that this machine's ranks take while they load: each fills its copy before that moves to its GPU.
+def memory_check(config: RunConfig, ranks: int, local_ranks: int, force: bool = False) -> Check:
+    """Compares the simulated peak of one rank with the memory that is free for it here. Takes 2 to 30 seconds.
 
-    A run that has not enough is killed by the system without a word. Not for ranks.
+    On a GPU, OVERHEAD is added for what the simulation does not count: CUDA context, workspaces, fragmentation. On a
+    CPU the ranks share the free RAM. With `force` a run that does not fit passes with a warning. Only for the process
+    that starts ranks: it makes this process a world of one.
     """
-    from lavin_ds.launching.ram import free_ram
-    from lavin_ds.models.counting import count_parameters
-
-    needed = local_ranks * count_parameters(config).loaded_frozen_bytes(config.tensor_parallel)
-    free = free_ram()
-    said = f"{_size(needed)} of RAM for {local_ranks} rank{'s' * (local_ranks > 1)} to load, {_size(free)} free"
-    if free < needed:
-        said = f"Loading needs {said}. Free some, start fewer ranks (--ranks), or split the model by tensor_parallel."
-    return Check("loading", said, passed=free >= needed)
-
-
-def memory_check(config: RunConfig, ranks: int, local_ranks: int) -> Check:
-    """The simulated peak of one rank beside the memory that it has here. Takes 2 to 30 seconds.
-
-    A first guess: it counts tensors, not the CUDA context, workspaces, fragmentation or Python itself. Not for
-    ranks: it makes this process a world of one.
-    """
-    import torch
-
-    from lavin_ds.launching.ram import free_ram
     from lavin_ds.models.counting import count_parameters
     from lavin_ds.profiling.memory import simulate, worst_case
 
-    peak = simulate(config, worst_case(config, ranks), ranks).peak_bytes
-    peak = max(peak, count_parameters(config).loaded_bytes(config.tensor_parallel))
-    if torch.cuda.is_available():
-        has, where = torch.cuda.get_device_properties(0).total_memory, f"in {torch.cuda.get_device_name(0)}"
+    needed = simulate(config, worst_case(config, ranks), ranks).peak_bytes
+    needed = max(needed, count_parameters(config).loaded_bytes(config.tensor_parallel))
+    on_gpu = gpus() > 0
+    if on_gpu:
+        needed += int(OVERHEAD)
+        free = min(free_gpu_memory()[:local_ranks])
+        said = (
+            f"(simulated, with {_size(int(OVERHEAD))} for the CUDA context and workspaces); its GPU has {_size(free)}"
+        )
     else:
-        has, where = free_ram() // local_ranks, "of this machine's free memory, no GPU"
-    said = f"{_size(peak)} a rank at full length (simulated); a rank has {_size(has)} {where}"
-    if peak <= has:
+        free = free_ram() // local_ranks
+        said = f"(simulated); without a GPU it has {_size(free)} of this machine's RAM"
+    said = f"a rank needs {_size(needed)} at full length {said} free"
+    if needed <= free:
         return Check("memory", said, passed=True)
+    if force:
+        return Check("memory", f"{said}, and --force was given", passed=True, warning=True)
     remedy = (
         "Lower training.micro_batch or data.max_length, set training.activation_checkpointing=true, or use more or "
-        "larger devices."
+        "larger devices. To start all the same, give --force."
     )
-    if not torch.cuda.is_available():
+    if not on_gpu:
         remedy += f" If its GPUs are elsewhere: `lavin-ds profile --recipe RECIPE --gpus {ranks} --device a100-80g`."
     return Check("memory", f"Memory: {said}. {remedy}", passed=False)
+
+
+def free_gpu_memory() -> list[int]:
+    """Bytes that are free on each GPU that torch may use.
+
+    A process of its own asks, since asking makes a CUDA context that stays on each GPU until the process ends. That
+    context, some 0.4 GB, counts as used in the answer.
+    """
+    program = (
+        "import json, torch\n"
+        "print(json.dumps([torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)

@@ -26,7 +26,13 @@ FREE_ON_RESUME = {
 
 
 def check_same_run(arguments: TrainArguments, config: RunConfig) -> None:
+    """Compares a run that is to be resumed with what its run.json records.
+
+    Raises:
+        UserError: a key that must not change has changed, or the data, or the adapters that the run began with.
+    """
     out, record = arguments.out, load_run(arguments.out)
+    # With compat every micro-batch weighs the same, so how they are made is part of the objective.
     free = FREE_ON_RESUME - {"training.micro_batch", "training.packing"} if config.compat else FREE_ON_RESUME
     changed = _changed_keys(record.config.model_dump(), config.model_dump(), free)
     if changed:

@@ -1,14 +1,15 @@
-"""Checkpoints: the trainables and their optimizer moments, whole, in one file, whatever the ZeRO stage.
+"""Checkpoints: the trainables and their optimizer moments, whole, in one file, at any ZeRO stage.
 
     RUN/checkpoints/step-00000200/state.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME, fp32
-    RUN/checkpoints/step-00000200/state.json          step, updates, validation loss, checksum
+    RUN/checkpoints/step-00000200/state.json          position of the run, checksums of both files
 
 Nothing else is needed to go on: the order of samples, the learning rate and the dropout of a step are functions
-of (seed, step). At 3.8M parameters the file has 45 MB, so it is not worth splitting over ranks, and a run resumes
-on another number of ranks or at another ZeRO stage.
+of (seed, step). At 3.8M parameters the file has 45 MB, so it is not split over ranks, and a run can be resumed with
+another number of ranks or at another ZeRO stage.
 
-A checkpoint is put together in a folder of another name and renamed when it is complete and on disk. One that turns
-out damaged is renamed to damaged-step-00000200: kept to be looked at, and in nobody's count.
+A checkpoint is written to a folder of another name, flushed to disk and renamed. One whose checksum does not match is
+renamed to damaged-step-00000200: it stays there for a person to look at and no code reads it. A checkpoint that merely
+cannot be read now, or that another version wrote, is never renamed: the run stops and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import deepspeed
@@ -42,14 +43,20 @@ from lavin_ds.training import scale
 from lavin_ds.weights.tensor_files import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DAMAGED = (OSError, ValueError, TypeError, SafetensorError)  # what `load` raises
+FORMAT = 1  # of state.json
+
+
+class DamagedCheckpoint(Exception):
+    """The content of a checkpoint's file does not match its checksum; the message says which file."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. step: optimizer steps done, skipped ones included; updates: without those, which is what
-    AdamW corrects its bias by; loss_scale and its age: see scale.py; val_loss: of these parameters, None if they were
-    not validated."""
+    """Where a run stands.
+
+    step: optimizer steps done, skipped ones included. updates: without the skipped ones; AdamW's bias correction needs
+    it. loss_scale and loss_scale_age: see scale.py. val_loss: of these parameters, None if they were not validated.
+    """
 
     step: int
     updates: int
@@ -90,8 +97,8 @@ def save(
 ) -> None:
     """Writes a checkpoint and removes all but the newest `keep` and the one with the least validation loss.
 
-    Every rank must call it, once a step; rank 0 writes, and all return when the checkpoint is on disk. `warn(sentence)`
-    is told of an old checkpoint that cannot be removed.
+    Every rank must call it, at most once per step; rank 0 writes, and all return when the checkpoint is on disk.
+    `warn(sentence)` is called if an old checkpoint cannot be removed.
 
     Raises:
         UserError: on rank 0, it cannot be written. The checkpoints before it are as they were.
@@ -122,8 +129,8 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
         unfinished.mkdir(parents=True)
         state = unfinished / "state.safetensors"
         save_tensors(tensors, state)
-        write_json(unfinished / "state.json", asdict(at) | {"sha256": file_sha256(state)})
-        unfinished.rename(folder / _name(at.step))  # fails if it exists: a whole checkpoint makes room for none
+        _write_record(unfinished, at, file_sha256(state))
+        unfinished.rename(folder / _name(at.step))  # fails if it exists: a complete checkpoint is never replaced
         sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -133,9 +140,33 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
         ) from None
 
 
+def _write_record(checkpoint: Path, at: Position, sha256: str) -> None:
+    record = {"format": FORMAT, **asdict(at), "sha256": sha256}
+    write_json(checkpoint / "state.json", record | {"record_sha256": _record_sha256(record)})
+
+
+def _record_sha256(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def set_validation_loss(folder: Path, step: int, val_loss: float) -> None:
+    """Adds to a checkpoint the validation loss of its parameters.
+
+    Raises:
+        UserError, DamagedCheckpoint: it cannot be read.
+    """
+    at, sha256 = _read_record(folder, step)
+    _write_record(folder / _name(step), replace(at, val_loss=val_loss), sha256)
+
+
 def _prune(folder: Path, keep: int, warn: Callable[[str], None]) -> None:
     steps = list_steps(folder)
-    for old in sorted(set(steps) - {*steps[-keep:], best_step(folder)}):
+    try:
+        best = best_step(folder)
+    except UserError as error:  # perhaps it is the best one that cannot be read
+        warn(f"{error} Old checkpoints stay until the next one is saved.")
+        return
+    for old in sorted(set(steps) - {*steps[-keep:], best}):
         try:
             shutil.rmtree(folder / _name(old))
         except OSError as error:  # it costs space, not the run
@@ -148,103 +179,175 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def best_step(folder: Path) -> int | None:
-    """Step of the checkpoint with the least validation loss, the first of equals; None if none was validated."""
+    """Step of the checkpoint with the least validation loss, the first of equals; None if none was validated.
+
+    Raises:
+        UserError: a state.json cannot be read.
+    """
     losses = _validation_losses(folder)
     return min(losses, key=losses.__getitem__, default=None)
 
 
 def best_loss(folder: Path) -> float | None:
+    """Least validation loss of the checkpoints; None if none was validated. Raises UserError as best_step."""
     return min(_validation_losses(folder).values(), default=None)
 
 
 def _validation_losses(folder: Path) -> dict[int, float]:
-    losses = {step: _record(folder, step).get("val_loss") for step in list_steps(folder)}
-    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    losses = {}
+    for step in list_steps(folder):
+        try:
+            loss = _read_record(folder, step)[0].val_loss
+        except DamagedCheckpoint:
+            continue
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
+    return losses
 
 
-def _record(folder: Path, step: int) -> dict:
+def _read_record(folder: Path, step: int) -> tuple[Position, str]:
+    """What state.json says: the position, and the checksum of the tensors.
+
+    Raises:
+        DamagedCheckpoint: its checksum does not match.
+        UserError: it cannot be read now, or another version of lavin_ds wrote it.
+    """
+    file = folder / _name(step) / "state.json"
     try:
-        return json.loads((folder / _name(step) / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        record = json.loads(_read(file))
+        format = record["format"]
+    except (ValueError, TypeError, KeyError):
+        raise DamagedCheckpoint("state.json is no record of a checkpoint") from None
+    if format != FORMAT:  # before the checksum, which that version may compute in another way
+        raise UserError(
+            f"{file} has format {format}; this version of lavin_ds reads format {FORMAT}. Resume with the version that "
+            "wrote it, or give another --out."
+        )
+    if record.pop("record_sha256", None) != _record_sha256(record):
+        raise DamagedCheckpoint("the checksum of state.json does not match")
+    keys = {field.name for field in fields(Position)} | {"format", "sha256"}
+    if record.keys() != keys:
+        told = [f"unknown key {key}" for key in record if key not in keys]
+        told += [f"no key {key}" for key in keys if key not in record]
+        raise UserError(
+            f"{file} is of another version of lavin_ds ({', '.join(sorted(told))}): resume with that one, or give "
+            "another --out."
+        )
+    del record["format"]
+    sha256 = record.pop("sha256")
+    return Position(**record), sha256
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()  # not mapped: NFS keeps the folder of a mapped file
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}). The checkpoint is left as it is: see to the disk and start "
+            f"again, or, to go on from the checkpoint before it, move {file.parent} elsewhere."
+        ) from None
 
 
 def load(folder: Path, step: int) -> Checkpoint:
-    """Raises OSError, ValueError, TypeError or SafetensorError for a checkpoint that is damaged."""
-    record = _record(folder, step)
-    content = (folder / _name(step) / "state.safetensors").read_bytes()  # not mapped: NFS keeps a mapped file's folder
-    if record.pop("sha256", None) != hashlib.sha256(content).hexdigest():
-        raise ValueError("its checksum does not hold")
-    return Checkpoint(Position(**record), safetensors_torch.load(content))
+    """Reads a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: a checksum does not match.
+        UserError: a file cannot be read now, or another version of lavin_ds wrote it.
+    """
+    at, sha256 = _read_record(folder, step)
+    content = _read(folder / _name(step) / "state.safetensors")
+    if sha256 != hashlib.sha256(content).hexdigest():
+        raise DamagedCheckpoint("the checksum of state.safetensors does not match")
+    return Checkpoint(at, safetensors_torch.load(content))
 
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose checksum holds.
+    """The newest checkpoint whose checksums match, None if there is none.
 
-    Every damaged one passed over is renamed, so that it neither takes the place of a good one that `save` would keep
-    nor is in the way when its step is made anew; `warn(sentence)` is told.
+    Each newer one is damaged. It is renamed, as it would otherwise count as one of those that `save` keeps, and would
+    be in the way when its step is saved again; `warn(sentence)` is told.
+
+    Raises:
+        UserError: the newest one cannot be read now, or another version of lavin_ds wrote it.
     """
     for step in reversed(list_steps(folder)):
         try:
             return load(folder, step)
-        except DAMAGED as error:
+        except DamagedCheckpoint as error:
             damaged = folder / _name(step)
             aside = folder / f"damaged-{_name(step)}"
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
             damaged.rename(aside)
             warn(
                 f"The checkpoint {damaged} is damaged ({error}): going back to the one before it. It is now "
-                f"{aside.name}, and nothing reads it: delete it when you have seen it."
+                f"{aside.name}, which is not used: delete it after a look."
             )
     return None
 
 
 def load_newest_on_all_ranks(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """`load_newest` of rank 0, loaded by every rank, each from the disk. Every rank must call it.
+    """`load_newest` of rank 0, then read by every rank from the disk. Every rank must call it.
 
     Raises:
-        UserError: on all ranks alike, if one of them does not see what rank 0 sees.
+        UserError: on all ranks alike, as load_newest, or if a rank does not find what rank 0 found.
     """
-    newest = load_newest(folder, warn) if dist.get_rank() == 0 else None
-    chosen = [newest and _record(folder, newest.at.step)]
-    dist.broadcast_object_list(chosen, src=0)
-    trouble = None
-    if dist.get_rank() != 0:
+    newest, found, trouble = None, None, None
+    if dist.get_rank() == 0:
         try:
-            newest = _load_the_same(folder, chosen[0])
-        except DAMAGED as error:
-            trouble = str(error) or repr(error)
+            newest = load_newest(folder, warn)
+            found = newest and _read_record(folder, newest.at.step)
+        except (UserError, DamagedCheckpoint) as error:
+            trouble = str(error)
+    chosen = [(found, trouble)]
+    dist.broadcast_object_list(chosen, src=0)
+    found, trouble = chosen[0]
+    if trouble:
+        raise UserError(trouble)
+    if dist.get_rank() != 0:
+        newest, trouble = _load_the_same(folder, found)
     troubles: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(troubles, trouble)
     others = [rank for rank, told in enumerate(troubles) if told]
     if others:
-        found = f"the checkpoint of step {chosen[0]['step']}" if chosen[0] else "no checkpoint"
+        told = f"the checkpoint of step {found[0].step}" if found else "no checkpoint"
         raise UserError(
-            f"The ranks do not see the same in {folder}. Rank 0 finds {found}; rank {', '.join(map(str, others))}: "
-            f"{troubles[others[0]]}. --out must be on a file system that all nodes share."
+            f"The ranks do not see the same in {folder}. Rank 0 finds {told}; rank {', '.join(map(str, others))}: "
+            f"{troubles[others[0]]} --out must be on a file system that all nodes share."
         )
     return newest
 
 
-def _load_the_same(folder: Path, record: dict | None) -> Checkpoint | None:
-    """What rank 0 has found, told by its state.json; raises as `load` does where it is not here."""
-    if record is None:
-        if steps := list_steps(folder):
-            raise ValueError(f"the checkpoint of step {steps[-1]}")
-        return None
-    if _record(folder, record["step"]).get("sha256") not in (None, record["sha256"]):
-        raise ValueError("another checkpoint of that step")
-    return load(folder, record["step"])
+def _load_the_same(folder: Path, found: tuple[Position, str] | None) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint that rank 0 found, given its position and checksum; or what keeps this rank from reading it."""
+    if found is None:
+        steps = list_steps(folder)
+        return None, f"the checkpoint of step {steps[-1]}." if steps else None
+    at, sha256 = found
+    if at.step not in list_steps(folder):
+        return None, "no checkpoint of that step."
+    try:
+        if _read_record(folder, at.step)[1] != sha256:
+            return None, "another checkpoint of that step."
+        return load(folder, at.step), None
+    except DamagedCheckpoint as error:
+        return None, f"{error}."
+    except UserError as error:
+        return None, str(error)
 
 
 def load_best(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint with the least validation loss of those whose checksum holds; `warn(sentence)` is told of a better
-    one that is damaged."""
+    """The checkpoint with the least validation loss of those whose checksums match; `warn(sentence)` is told of a
+    better one that is damaged.
+
+    Raises:
+        UserError: one cannot be read now.
+    """
     losses = _validation_losses(folder)
     for step in sorted(losses, key=losses.__getitem__):
         try:
             return load(folder, step)
-        except DAMAGED as error:
+        except DamagedCheckpoint as error:
             warn(
                 f"The checkpoint {folder / _name(step)}, of the best validation, is damaged ({error}): taking the next "
                 "best."
@@ -283,8 +386,8 @@ def _optimized(engine) -> list[torch.Tensor]:
 def _link_moments(engine) -> None:
     """Tells DeepSpeed's accessors where the moments of each parameter are.
 
-    ZeRO 1 and 2 do so by themselves in the first step, but after the first parameter group alone has moments:
-    those of the second are never found (0.19). Here it may also be before the first step.
+    ZeRO 1 and 2 do that in their first step, but when only the first parameter group has moments: those of the second
+    are never found (DeepSpeed 0.19). And here it may be needed before the first step.
     """
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False

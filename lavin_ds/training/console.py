@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line that stays on a terminal, plain lines elsewhere, a table at the end."""
+"""What a run prints: on a terminal a status line that is updated, elsewhere a line every ten seconds; then a table."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MIB, GIB = 2**20, 2**30
 
 
 class TrainingConsole:
-    """Silent unless enabled, which is so on rank 0 alone."""
+    """Prints on rank 0; silent on other ranks (`enabled` is false)."""
 
     def __init__(self, enabled: bool, peak_share: Callable[[StepResult], float | None] = lambda _: None):
-        """peak_share: of the device's peak arithmetic that a step reached, None where that is not known."""
+        """peak_share: the share of the device's peak rate that a step reached, None if not known."""
         self.peak_share = peak_share
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.live: Live | None = None
@@ -52,7 +52,7 @@ class TrainingConsole:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Names a pause between steps in the line that stays."""
+        """Shows in the status line what is done between two steps."""
         self.line.doing = what
         yield
         self.line.doing = "training"
@@ -108,7 +108,7 @@ class TrainingConsole:
 
 
 class _Line:
-    """How far the run is. On a terminal, as many of the fields as fit its width, in their order."""
+    """The status line. On a terminal it shows as many fields, in their order, as fit the width."""
 
     def __init__(self, first_step: int, total_steps: int, peak_share: Callable[[StepResult], float | None]):
         self.peak_share = peak_share
@@ -156,14 +156,14 @@ class _Line:
 
 
 def _peak_memory() -> int:
-    """Bytes: of this rank's device, or of its resident set where the device is the CPU."""
+    """Bytes on this rank's device; for a CPU, of its resident set."""
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return get_accelerator().max_memory_allocated()
 
 
 def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f} nats a labelled token"
+    return "not finite" if value is None else f"{value:.4f} nats per labelled token"
 
 
 def _validated(record: dict) -> str:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: what a user may set there, and what the recipe decides."""
+"""The DeepSpeed JSON of a run: reading it, and refusing what the recipe sets or what cannot work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lavin_ds.errors import UserError
 
-# What the recipe decides is not decided a second time in a DeepSpeed file.
+# The recipe sets these, so a DeepSpeed file may not.
 DECIDED_BY_RECIPE = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -37,7 +37,7 @@ def check_deepspeed_config(name_or_file: str) -> str:
     """Reads a DeepSpeed JSON and says what it sets.
 
     Raises:
-        UserError: as read_deepspeed_config; or DeepSpeed would fail or do nothing with it, minutes later.
+        UserError: as read_deepspeed_config; or DeepSpeed would fail with it minutes later, or ignore a part of it.
     """
     config = read_deepspeed_config(name_or_file)
     zero = config.get("zero_optimization", {})

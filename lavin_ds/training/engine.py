@@ -18,20 +18,21 @@ from lavin_ds.machine import free_port
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import TensorParallelUnit, data_parallel_size
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
+from lavin_ds.training.replicas import average_gradients
 
 FILE_MONITORS = ("tensorboard", "csv_monitor")
 
 
 def start_distributed() -> torch.device:
     """Joins the launcher's process group, or makes a world of one without a launcher; returns this rank's device."""
-    # DeepSpeed calls it at every step, and a user can do nothing about it.
+    # DeepSpeed calls these at every step, and a user cannot change that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
     accelerator = get_accelerator()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory collective here (a minute, and a 66 MiB file a rank that stays).
+        # DeepSpeed would compile a shared-memory collective: that takes a minute, and leaves 66 MiB per rank on disk.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
@@ -50,7 +51,7 @@ def start_distributed() -> torch.device:
 
 
 def parameter_groups(model: Lavin, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Matrices decay, biases and other vectors do not (paper 1, section 4.2; reference.md, section 6)."""
+    """Weight decay for matrices, none for biases and other vectors (paper 1, section 4.2; reference.md, section 6)."""
     trainable = model.trainable().values()
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": training.weight_decay},
@@ -60,14 +61,14 @@ def parameter_groups(model: Lavin, training: TrainingConfig) -> list[dict[str, A
 
 
 def build_optimizer(model: Lavin, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with its rate at 0: the loop sets the rate of every step."""
+    """AdamW with learning rate 0: the loop sets the rate of every step."""
     return torch.optim.AdamW(parameter_groups(model, training), lr=0.0, betas=training.betas, eps=training.eps)
 
 
 def build_engine(model: Lavin, config: RunConfig, monitors: Path | None = None) -> deepspeed.DeepSpeedEngine:
     """Wraps the model in DeepSpeed's engine; call after `start_distributed` and `initialize_tensor_parallel`.
 
-    monitors: folder for the monitors that write files, where the DeepSpeed configuration names none.
+    monitors: folder for monitors that write files, if the DeepSpeed configuration does not name one.
     """
     training = config.training
     accumulation = micro_batches(training.global_batch, data_parallel_size(), training.micro_batch)
@@ -87,4 +88,5 @@ def build_engine(model: Lavin, config: RunConfig, monitors: Path | None = None) 
     for name, parameter in engine.module.named_parameters():
         if parameter.dtype != dtypes[name]:
             raise RuntimeError(f"DeepSpeed turned {name} from {dtypes[name]} into {parameter.dtype}")
+    average_gradients(engine.module.trainable().values())
     return engine

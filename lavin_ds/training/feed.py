@@ -1,4 +1,4 @@
-"""The data of every optimizer step, made ready in the background while the step before it computes."""
+"""The data of each optimizer step, prepared in a background thread while the previous step computes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lavin_ds.data.sampler import assign, global_batch_indices, total_steps
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size
 
-AHEAD = 2  # optimizer steps that may wait ready
+AHEAD = 2  # optimizer steps that may be prepared in advance
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class StepData:
-    """One rank's part of a global batch, and what it must know of the whole."""
+    """One rank's part of a global batch, and sums over the whole of it."""
 
     step: int  # from 0
     batches: list[Batch]  # micro-batches, equally many on every rank
@@ -35,13 +35,13 @@ class StepData:
 
 
 class Feed:
-    """Makes the micro-batches of this rank; a function of the step number."""
+    """Makes the micro-batches of this rank. They depend on the number of the step alone."""
 
     def __init__(self, config: RunConfig, reader: ShardReader, device: torch.device):
         self.training, self.reader = config.training, reader
         self.visual_tokens = config.model.visual_tokens
         self.visual_input = reader.visual_input(config.model.vision_source)
-        self.pin = device.type == "cuda"  # pinned memory is what lets a copy to the GPU overlap with its work
+        self.pin = device.type == "cuda"  # a copy to the GPU overlaps with computation only from pinned memory
         self.lengths = reader.lengths(self.visual_tokens)
         self.has_image = reader.has_pixels & (self.visual_tokens > 0)
         self.samples = reader.trainable
@@ -74,10 +74,10 @@ class Feed:
 
 @contextmanager
 def in_background(items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Iterator[Item]]:
-    """Draws `items` in a thread, at most `ahead` before they are asked for; 0 draws them when asked.
+    """Draws `items` in a thread, at most `ahead` of them in advance; with 0 there is no thread.
 
-    A thread is enough: collating copies arrays, and what it costs (benchmarks/prefetch.py) hides behind a step.
-    What the thread raises is raised to whoever asks next, as it is. Leaving the context ends the thread.
+    One thread is enough: collating copies arrays, and takes less time than a step (benchmarks/prefetch.py). An
+    exception in the thread is raised by the next draw. The thread ends with the context.
     """
     if ahead == 0:
         yield iter(items)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from lavin_ds.config import RunConfig
 from lavin_ds.data.schema import manifest_sha256
 from lavin_ds.data.shards import ShardReader
+from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
-from lavin_ds.run import SPLIT, VALIDATION_SPLIT, Inputs, RunRecord, hold
+from lavin_ds.run import MONITORS, SPLIT, VALIDATION_SPLIT, Inputs, RunRecord, Start, hold, load_run
 from lavin_ds.training import checkpoint
 from lavin_ds.training.console import TrainingConsole
 from lavin_ds.training.engine import build_engine
@@ -80,10 +82,10 @@ def _train(
     stop: StopSignal,
     console: TrainingConsole,
 ) -> int:
+    began = datetime.now(timezone.utc)
     checkpoints = out / "checkpoints"
     is_first = dist.get_rank() == 0
-    if is_first:
-        _record(config, inputs).save(out)
+    training = config.training
     console.say(f"Loading {config.name} on {dist.get_world_size()} {device.type} rank(s)")
     start = checkpoint.load_newest_on_all_ranks(checkpoints, console.warn) if resume else None
     init = None if start else inputs.init_adapter
@@ -94,46 +96,79 @@ def _train(
     trainable = model.trainable()
     if start:
         fill_trainable(model, start.values(), where=f"The checkpoint of step {at.step}")
-        console.say(f"Resuming behind step {at.step}")
-    engine = build_engine(model, config, out / "monitors")
+        console.say(f"Resuming after step {at.step}")
+    engine = build_engine(model, config, out / MONITORS)
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
     del start  # its tensors
     loop = Loop(engine, config, ShardReader(inputs.data, SPLIT), device, at)
-    training = config.training
     validation = None
     if training.validate_every:
         validation = Validation(engine, config, ShardReader(inputs.data, VALIDATION_SPLIT), device)
-    metrics = MetricsFile(out / "metrics.jsonl", at.step) if is_first else None
-    saved = at.step
+    best = _on_all_ranks(lambda: checkpoint.best_loss(checkpoints))
+    done_before = saved = at.step
+    metrics: MetricsFile | None = None
+
+    def open_records() -> None:
+        """Called when there is something to record: a start that fails before leaves nothing behind."""
+        nonlocal metrics
+        if is_first and metrics is None:
+            _record(out, config, inputs, _start(began, done_before)).save(out)
+            metrics = MetricsFile(out / "metrics.jsonl", done_before)
+
+    def is_due(step: int) -> bool:
+        return validation is not None and (step == loop.total_steps or step % training.validate_every == 0)
+
+    def validate() -> Scores | None:
+        with console.doing("validating"):
+            return validation.run(stop)
+
+    def validate_again() -> None:
+        """Makes up for a validation that was stopped: the parameters are still those that it was about."""
+        nonlocal at, best
+        scores = validate()
+        if scores is None:
+            raise TrainingStopped
+        open_records()
+        at = replace(at, val_loss=scores.val_loss)
+        best = _least(best, scores.val_loss)
+        if is_first:
+            metrics.add_scores(at.step, scores)
+            write_to_monitors(engine, at.step, None, scores)
+            checkpoint.set_validation_loss(checkpoints, at.step, scores.val_loss)
+        console.say(f"Validated step {at.step}: loss {scores.val_loss:.4f}")
 
     def save() -> None:
         nonlocal saved
-        if at.step != saved:  # a stop may come behind a step that was saved anyway
+        if at.step != saved:  # a stop may come after a step that was saved anyway
             checkpoint.save(checkpoints, engine, trainable, at, training.keep_checkpoints, console.warn)
             saved = at.step
 
     def on_step(result: StepResult) -> None:
-        nonlocal at
-        last = result.step == loop.total_steps
-        scores = None
-        if validation and (last or result.step % training.validate_every == 0):
-            with console.doing("validating"):
-                scores = validation.run()
+        nonlocal at, best
+        open_records()
+        scores = validate() if is_due(result.step) else None
         at = replace(loop.at, val_loss=scores.val_loss if scores else None)
-        if metrics:
+        if is_first:
             metrics.add(result, scores)
-            write_to_monitors(engine, result, scores)
+            write_to_monitors(engine, result.step, result, scores)
         console.step(result, scores)
-        if last or result.step % training.checkpoint_every == 0 or _is_best(scores, checkpoints):
+        if is_due(result.step) and scores is None:
+            raise TrainingStopped
+        is_best = scores is not None and _least(best, scores.val_loss) != best
+        if is_best:
+            best = scores.val_loss
+        if is_best or result.step == loop.total_steps or result.step % training.checkpoint_every == 0:
             save()
 
     console.begin(at.step, loop.total_steps)
     try:
+        if at.step and is_due(at.step) and at.val_loss is None:
+            validate_again()
         loop.run(stop, on_step)
     except TrainingStopped:
         save()
-        console.warn(f"Stopped behind step {at.step}, state saved: go on with --resume auto")
+        console.warn(f"Stopped after step {at.step}, state saved: go on with --resume auto")
         _end(metrics, stop)
         return EXIT_STOPPED
     except TrainingDiverged as error:
@@ -149,8 +184,8 @@ def _train(
         features = loop.reader.manifest.features if config.model.vision_source == "cached" else None
         base = (config, inputs.llama, inputs.clip, features.clip_sha256 if features else None)
         save_adapter(out / "adapter.safetensors", values, *base)
-        if best := checkpoint.load_best(checkpoints, console.warn):
-            save_adapter(out / "adapter-best.safetensors", best.values(), *base)
+        if best_checkpoint := checkpoint.load_best(checkpoints, console.warn):
+            save_adapter(out / "adapter-best.safetensors", best_checkpoint.values(), *base)
         summary = _summary(out, loop, values, memory)
         plot_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         write_json(out / "summary.json", summary)
@@ -171,13 +206,27 @@ def _peak_share(config: RunConfig, device: torch.device) -> Callable[[StepResult
     return share
 
 
-def _is_best(scores: Scores | None, checkpoints: Path) -> bool:
-    """Whether this validation has a lower loss than that of every checkpoint; the same on all ranks."""
-    if scores is None or not math.isfinite(scores.val_loss):
-        return False
-    best = [checkpoint.best_loss(checkpoints)]
-    dist.broadcast_object_list(best, src=0)  # a file system may show it to other nodes later
-    return best[0] is None or scores.val_loss < best[0]
+def _on_all_ranks(read: Callable[[], float | None]) -> float | None:
+    """What rank 0 reads from a file, on all ranks; other nodes might see an older file."""
+    value, trouble = None, None
+    if dist.get_rank() == 0:
+        try:
+            value = read()
+        except UserError as error:
+            trouble = str(error)
+    told = [(value, trouble)]
+    dist.broadcast_object_list(told, src=0)
+    value, trouble = told[0]
+    if trouble:
+        raise UserError(trouble)
+    return value
+
+
+def _least(best: float | None, loss: float) -> float | None:
+    """The lower of two validation losses; one that is None or not finite does not count."""
+    if not math.isfinite(loss) or (best is not None and best <= loss):
+        return best
+    return loss
 
 
 def _newest(checkpoints: Path) -> str:
@@ -220,11 +269,20 @@ def _pick(record: dict, keys: tuple[str, ...]) -> dict:
     return {key: record[key] for key in keys}
 
 
-def _record(config: RunConfig, inputs: Inputs) -> RunRecord:
+def _record(out: Path, config: RunConfig, inputs: Inputs, start: Start) -> RunRecord:
+    earlier = load_run(out).starts if (out / "run.json").exists() else ()
     return RunRecord(
         config=config,
         inputs=inputs,
         data_sha256=manifest_sha256(inputs.data, config.model.vision_source),
+        starts=(*earlier, start),
+    )
+
+
+def _start(began: datetime, step: int) -> Start:
+    return Start(
+        began=began.isoformat(timespec="seconds"),
+        step=step,
         ranks=dist.get_world_size(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         git_revision=_git_revision(),

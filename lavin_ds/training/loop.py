@@ -1,11 +1,11 @@
-"""The training loop: one global batch an optimizer step, the mean over all of its labelled tokens.
+"""The training loop: one global batch per optimizer step.
 
-The objective of a step (paper 1, eq. 5) is the mean cross-entropy over the labelled tokens of the whole global
-batch, however it is cut into micro-batches and dealt to ranks. DeepSpeed averages gradients over data-parallel
-ranks and over micro-batches, so every micro-batch's summed loss is multiplied by their number.
+The objective of a step (paper 1, eq. 5) is the mean cross-entropy over the labelled tokens of the whole global batch.
+It does not depend on how the batch is cut into micro-batches and dealt to ranks. DeepSpeed averages gradients over
+data-parallel ranks and over micro-batches, so the summed loss of a micro-batch is multiplied by their number.
 
-A step whose loss or gradient is not finite changes nothing, on all ranks alike, and the run goes on with the next
-global batch.
+If the loss or the gradient of a step is not finite, the step is skipped on all ranks: nothing is updated, and the run
+goes on with the next global batch.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class TrainingDiverged(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. Sums are over all ranks; loss is per labelled token, seconds wall time.
+    """What one optimizer step did. Sums are over all ranks; loss is per labelled token; seconds are wall time.
 
-    A skipped step has changed nothing: its loss or gradient_norm is NaN or infinite, and `suspects` names the
-    samples of the micro-batches whose loss is (of the whole step if it is the gradient alone). None are suspected where
-    an fp16 base's loss scale may have been too large.
+    If a step was skipped, its loss or gradient_norm is NaN or infinite. `suspects` then names the samples of the
+    micro-batches whose loss is not finite, or all samples of the step if only the gradient is not. It is empty if the
+    cause may be the loss scale of an fp16 base.
     """
 
     step: int  # optimizer steps done, this one and skipped ones included
@@ -62,7 +62,7 @@ class StepResult:
 
 
 class Loop:
-    """Steps a DeepSpeed engine through a split of the shards; the state is the engine and `at`."""
+    """Trains a DeepSpeed engine on a split of the shards. Its state is the engine and `at`."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Loop:
             self.scale = LossScale(engine.module.trainable().values(), at.loss_scale, at.loss_scale_age)
 
     def run(self, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
-        """Runs the steps that are left; `on_step` is called on every rank after each.
+        """Runs the remaining steps and calls `on_step` on every rank after each.
 
         Raises:
-            TrainingStopped: a signal came to any rank; raised on all of them after the same step.
-            TrainingDiverged: as many steps in a row were skipped as the recipe allows; on all ranks alike.
+            TrainingStopped: any rank was asked to stop; raised on all ranks after the same step.
+            TrainingDiverged: `training.max_skipped_in_a_row` steps in a row were skipped; raised on all ranks.
         """
         self.engine.train()
         with in_background(self.feed.steps(self.at.step)) as steps:
@@ -105,7 +105,7 @@ class Loop:
         lowers_scale = result.skipped and self._may_lower_scale()
         if self.scale:
             self.scale.update(overflowed=result.skipped)
-        if not lowers_scale:  # which is how a scale is found, not a sign of trouble
+        if not lowers_scale:  # a step that only lowers the loss scale is no sign of trouble
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.at = Position(
             step=result.step,
@@ -123,8 +123,8 @@ class Loop:
         rate = step_learning_rate(data.step, count, training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout draws from torch's own generator, so that is what (seed, rank, step) must decide. Ranks that
-        # share a tensor share data_parallel_rank, and so draw the same numbers.
+        # Dropout draws from torch's global generator, so that is seeded by (seed, rank, step). Ranks of one
+        # tensor-parallel group have the same data_parallel_rank and so draw the same numbers.
         torch.manual_seed(zlib.crc32(f"dropout {training.seed} {data_parallel_rank()} {data.step}".encode()))
 
         losses, totals = self._gradients(data, stop)
@@ -147,8 +147,8 @@ class Loop:
         return result, stops > 0
 
     def _gradients(self, data: StepData, stop: StopSignal) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward of all micro-batches. Returns each one's summed loss, and over all ranks the sums of
-        loss, tokens, tokens with padding and ranks that want to stop."""
+        """Forward and backward of all micro-batches. Returns the summed loss of each, and four sums over all ranks:
+        loss, tokens, tokens with padding, and ranks that were asked to stop."""
         share = data.labelled / (data_parallel_size() * len(data.batches))  # labelled tokens a micro-batch
         losses, padded = [], 0
         for k, batch in enumerate(data.batches):
@@ -162,8 +162,8 @@ class Loop:
                 totals = sums / tensor_parallel_size()
                 totals[3] = float(stop.is_wanted())
                 dist.all_reduce(totals)
-                # Times 1. But where any rank's loss is not finite, times NaN on all of them: then every gradient is
-                # NaN on every rank, and none makes an update that the others do not.
+                # The factor is 1, or NaN on all ranks if the loss of any is not finite. Then the gradients are NaN on
+                # every rank, and all skip the step.
                 loss_sum = loss_sum * (1 + 0 * totals[0]).to(loss_sum.dtype)
             # compat: every micro-batch weighs the same, however many labels it has.
             loss = loss_sum / (max(labels, 1) if self.config.compat else share)
@@ -173,10 +173,10 @@ class Loop:
         return torch.stack(losses), totals
 
     def _update(self) -> tuple[float, bool]:
-        """Updates the parameters unless the gradient is not finite; returns its norm and whether it did.
+        """Updates the parameters if the gradient is finite; returns its norm, and whether it updated.
 
-        The norm is that of all ranks together, each parameter counted once, and so they all decide alike. DeepSpeed's
-        ZeRO optimizers refuse such a gradient and clear it by themselves; at stage 0 nobody does.
+        The norm is that of the whole gradient on every rank, so all ranks decide alike. DeepSpeed's ZeRO optimizers
+        skip a gradient that is not finite by themselves; at stage 0 it is done here.
         """
         engine = self.engine
         if engine.zero_optimization_stage() == 0:
@@ -190,7 +190,7 @@ class Loop:
         return float(engine.get_global_grad_norm()), not engine.optimizer.overflow
 
     def _suspects(self, data: StepData, losses: torch.Tensor) -> tuple[str, ...]:
-        """Ids of the samples of all ranks' micro-batches without a finite loss; of the whole step if there is none."""
+        """Ids of the samples in micro-batches, on any rank, whose loss is not finite; of the whole step if none is."""
         bad = [k for k, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         here = [id for k in bad for id in data.batches[k].row_ids]
         everywhere: list = [None] * dist.get_world_size()

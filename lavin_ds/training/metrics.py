@@ -1,4 +1,4 @@
-"""What a run writes down while it trains, and what it cost when it is done."""
+"""What a run records while it trains, and what it has cost at the end."""
 
 from __future__ import annotations
 
@@ -23,62 +23,77 @@ from lavin_ds.training.validation import Scores
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one line an optimizer step, with the keys of Scores where there was a validation.
+    """RUN/metrics.jsonl: one line per optimizer step, with the keys of Scores if there was a validation.
 
-    Lines behind the step a run resumes from are dropped. null stands for a number that is not finite.
+    Lines of steps after the one that a run resumes from are dropped. A number that is not finite becomes null.
     """
 
     def __init__(self, path: Path, done_steps: int):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= done_steps]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
+        self._rewrite([line for line in read_metrics(path) if line["step"] <= done_steps])
+
+    def _rewrite(self, lines: list[dict]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
 
     def add(self, result: StepResult, scores: Scores | None) -> None:
         record = asdict(result) | (asdict(scores) if scores else {})
         if not result.skipped:
             del record["suspects"]
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror}. Free space and go on with --resume auto."
             ) from None
 
+    def add_scores(self, step: int, scores: Scores) -> None:
+        """Adds a validation to the line of a step that was written without it."""
+        self._file.close()
+        added = _finite(asdict(scores))
+        self._rewrite([line | added if line["step"] == step else line for line in read_metrics(self.path)])
+
     def close(self) -> None:
         self._file.close()
 
 
+def _finite(record: dict) -> dict:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 def write_suspects(run: Path) -> Path:
-    """RUN/suspects.json: the samples of the skipped steps at the end of the metrics, by step."""
+    """Writes RUN/suspects.json: for each of the last, skipped steps, the samples that may be the cause."""
     metrics = read_metrics(run / "metrics.jsonl")
     in_a_row = itertools.takewhile(lambda m: m["skipped"], reversed(metrics))
     write_json(run / "suspects.json", {str(m["step"]): m["suspects"] for m in reversed(list(in_a_row))})
     return run / "suspects.json"
 
 
-def write_to_monitors(engine: deepspeed.DeepSpeedEngine, result: StepResult, scores: Scores | None) -> None:
+def write_to_monitors(
+    engine: deepspeed.DeepSpeedEngine, step: int, result: StepResult | None, scores: Scores | None
+) -> None:
     """Hands a step to the monitors that the DeepSpeed configuration enables: tensorboard, wandb, csv_monitor, ..."""
     if not engine.monitor.enabled:
         return
-    values = {
-        "train/loss": result.loss,
-        "train/learning_rate": result.learning_rate,
-        "train/gradient_norm": result.gradient_norm,
-        "train/labelled_tokens_per_second": result.labelled_tokens / result.seconds,
-        "train/skipped": float(result.skipped),
-    }
+    values = {}
+    if result:
+        values |= {
+            "train/loss": result.loss,
+            "train/learning_rate": result.learning_rate,
+            "train/gradient_norm": result.gradient_norm,
+            "train/labelled_tokens_per_second": result.labelled_tokens / result.seconds,
+            "train/skipped": float(result.skipped),
+        }
     if scores:
         values["val/loss"] = scores.val_loss
         if scores.val_answer_accuracy is not None:
             values["val/answer_accuracy"] = scores.val_answer_accuracy
-    engine.monitor.write_events([(name, value, result.step) for name, value in values.items()])
+    engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """Peak bytes so far: of the largest rank's resident set, of all ranks together, and of the fullest device.
+    """Peak bytes so far: of the largest resident set of a rank, of all ranks together, and of the fullest device.
 
     Every rank must call it.
     """
@@ -96,7 +111,7 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
 
 
 def plot_loss(metrics: list[dict], path: Path) -> None:
-    """The loss curve with the learning rate behind it, as a PNG."""
+    """Draws the loss curve, with the learning rate behind it, as a PNG."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -114,7 +129,7 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     if validated:
         steps, losses = [m["step"] for m in validated], [m["val_loss"] for m in validated]
         axis.plot(steps, losses, color="tab:orange", linewidth=2, marker="o", markersize=4, label="validation")
-    axis.set(xlabel="optimizer step", ylabel="loss a labelled token (nats)", ylim=(0, None))
+    axis.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
     axis.legend(loc="upper right")
     figure.tight_layout()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -1,8 +1,8 @@
-"""The way back through an fp16 base: scaled up, so that small gradients do not vanish on it.
+"""Loss scaling for an fp16 base (Micikevicius et al. 2018, section 3.2).
 
-fp16 ends at 6e-8, and what a labelled token passes to an activation is often smaller. So the loss is multiplied by a
-power of two, and each trainable parameter's gradient divided by it when it arrives, in fp32, before DeepSpeed sees it:
-norm, clipping and update are those of the unscaled loss at every ZeRO stage. Micikevicius et al. 2018, section 3.2.
+The smallest number of fp16 is 6e-8, and gradients of activations are often smaller. So the loss is multiplied by a
+power of two, and the gradient of each trainable parameter, which is fp32, is divided by it before DeepSpeed sees it.
+Norm, clipping and update are then those of the unscaled loss, at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PATIENCE = 1000  # steps without overflow after which the scale is doubled
 
 
 class LossScale:
-    """factor: by which the loss is to be multiplied; age: updates since it changed. Both are state of the run."""
+    """factor: the loss must be multiplied by it. age: updates since it changed. Both are part of a checkpoint."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], factor: float = START, age: int = 0):
         self.factor, self.age = factor, age
@@ -28,7 +28,7 @@ class LossScale:
         return gradient / self.factor
 
     def update(self, overflowed: bool) -> None:
-        """After every step, on all ranks alike."""
+        """Must be called after every step, with the same value on all ranks."""
         self.age = 0 if overflowed else self.age + 1
         if overflowed:
             self.factor = max(1.0, self.factor / 2)

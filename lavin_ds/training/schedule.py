@@ -8,7 +8,7 @@ from lavin_ds.config import TrainingConfig
 
 
 def learning_rate(epoch: float, training: TrainingConfig) -> float:
-    """Learning rate at a moment `epoch`, in passes over the data and fractions of them."""
+    """Learning rate after `epoch` passes over the data, which need not be a whole number."""
     if epoch < training.warmup_epochs:
         return training.peak_lr * epoch / training.warmup_epochs
     progress = (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs)
@@ -18,6 +18,6 @@ def learning_rate(epoch: float, training: TrainingConfig) -> float:
 def step_learning_rate(step: int, samples: int, training: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (from 0) over a set of `samples`.
 
-    Taken at the middle of the step: at its beginning the first update would have rate 0 and be wasted.
+    It is the rate at the middle of the step. At the beginning of the first step it is 0, which would waste an update.
     """
     return learning_rate((step + 0.5) * training.global_batch / samples, training)

@@ -1,4 +1,4 @@
-"""The wish to stop a run, from a signal or a file; the loop asks for it at every step."""
+"""A request to stop the run, by a signal or a file. The loop looks for it at every step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and Slurm's SIGUSR1 into a wish to stop after the current step; the file RUN/.stop, too.
+    """Turns SIGTERM, SIGINT, Slurm's SIGUSR1 and the file RUN/.stop into a request to stop after the current step.
 
-    received: the signal's number. heeded: the training asks at every step, so there is something to save. over: the
-    training has ended, and only the process's own end is left.
+    received: the signal's number, 0 if none came. heeded: the training has begun to look for requests, so there is
+    state to save. over: the training has ended and the process is about to exit.
     """
 
     def __init__(self, file: Path | None = None):
@@ -28,17 +28,18 @@ class StopSignal:
         self.received = number
 
     def is_wanted(self) -> bool:
-        """Asked once a step."""
+        """Whether to stop. The training asks at every step and after every batch of a validation."""
         self.heeded = True
         return bool(self.received) or (self.file is not None and self.file.exists())
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, or until a signal comes, which is noted even while the main thread waits in a collective: there
-        Python runs no handler."""
+        """Sleeps until the time is over or a signal comes. For another thread: while the main thread waits in a
+        collective, Python runs no signal handler, and this notes the signal in its place."""
         if select.select([self._arrivals], [], [], seconds)[0]:
             self.received = os.read(self._arrivals, 1)[0]
 
     def end(self) -> None:
+        """The training has ended; the file that asked for a stop is removed."""
         self.over = True
         if self.file:
             self.file.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Loss and accuracy on samples that are not trained on, while a run goes on; it changes nothing of the run.
+"""Loss and accuracy on held-out samples during a run. They do not affect the training.
 
-The accuracy reads one token a sample: after the true response up to "The answer is", is the right letter the
-likeliest of the question's letters? That costs nothing beside the loss. It is not the score of `lavin-ds eval`, where
-the model writes its response itself, but where a format begins its responses with the answer (QCM-A, QCM-ALE, ...)
-the two differ only for a model that does not yet write "The answer is". Other formats have none: there the true
-response gives the answer away.
+The accuracy looks at one token per sample: given the true response up to "The answer is", is the right letter the
+likeliest of the question's letters? It costs nothing beside the loss. It is not the score of `lavin-ds eval`, where
+the model writes its response itself. If a format begins its responses with the answer (QCM-A, QCM-ALE, ...), the two
+differ only while the model does not yet write "The answer is". Other formats have no accuracy here, since the true
+response before the answer gives it away.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from lavin_ds.data.sampler import epoch_order
 from lavin_ds.data.shards import Row, ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
 from lavin_ds.training.feed import Feed, in_background
+from lavin_ds.training.stop import StopSignal
 
 MOST_CHOICES = 5  # of a ScienceQA question
 
 
 @dataclass(frozen=True)
 class Scores:
-    """val_loss: nats a labelled token; val_answer_accuracy: see above, None where the format does not allow it."""
+    """val_loss: nats per labelled token. val_answer_accuracy: see above; None if the format does not allow it."""
 
     val_loss: float
     val_answer_accuracy: float | None
@@ -48,13 +49,14 @@ class Validation:
         rows = rows[np.argsort(self.feed.lengths[rows], kind="stable")]
         self.parts = np.array_split(rows, math.ceil(len(rows) / config.training.micro_batch))
 
-    def run(self) -> Scores:
-        """The scores, the same on all ranks; every rank must call it."""
+    def run(self, stop: StopSignal) -> Scores | None:
+        """The scores, the same on all ranks; None if a stop was asked for before the last batch. Every rank must call
+        it."""
         began = time.perf_counter()
         ranks, rank = data_parallel_size(), data_parallel_rank()
         # loss, labels, right answers, questions
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        # Under ZeRO-3 all ranks must call the model equally often: those with a part less repeat the first one.
+        # Under ZeRO-3 all ranks must call the model equally often: a rank that has one part less repeats the first.
         mine = range(rank, ranks * math.ceil(len(self.parts) / ranks), ranks)
         self.engine.eval()
         with torch.no_grad(), in_background(self.feed.batch(self.parts[i % len(self.parts)]) for i in mine) as batches:
@@ -62,12 +64,20 @@ class Validation:
                 part = self._score(batch, self.parts[i % len(self.parts)])
                 if i < len(self.parts):
                     sums += part
+                if i != mine[-1] and self._is_stop_wanted(stop):
+                    return None
         self.engine.train()
         sums /= tensor_parallel_size()
         dist.all_reduce(sums)
         loss, labels, right, questions = sums.tolist()
         accuracy = right / questions if questions else None
         return Scores(loss / labels, accuracy, time.perf_counter() - began)
+
+    def _is_stop_wanted(self, stop: StopSignal) -> bool:
+        """Whether any rank was asked to stop; the same on all ranks."""
+        wanted = torch.tensor(float(stop.is_wanted()), device=self.device)
+        dist.all_reduce(wanted)
+        return bool(wanted)
 
     def _score(self, batch: Batch, rows: np.ndarray) -> torch.Tensor:
         if self.answer is None:
@@ -90,14 +100,14 @@ def validation_rows(config: RunConfig, reader: ShardReader) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _AnswerToken:
-    """Where in a response the letter stands, and the ids of the letters."""
+    """The position of the letter in a response, and the token ids of the letters."""
 
     offset: int  # tokens of the response before it
     letters: tuple[int, ...]
 
     @classmethod
     def of(cls, config: RunConfig, reader: ShardReader) -> _AnswerToken | None:
-        """None for responses that do not begin with an answer, or a tokenizer that spells letters in pieces."""
+        """None if responses do not begin with an answer, or the tokenizer does not have one token per letter."""
         format = config.data.prompt_format
         if format not in SCIENCEQA_FORMATS or not format.split("-")[1].startswith("A"):
             return None
@@ -109,14 +119,14 @@ class _AnswerToken:
         return cls(offset, letters) if len(set(letters)) == MOST_CHOICES else None
 
     def position(self, batch: Batch) -> torch.Tensor:
-        """Index among all B * T of ids_BT of every sample's letter; [B]."""
+        """Index of each sample's letter in the flattened ids_BT; [B]."""
         is_label_N = batch.labels_BT.flatten() != IGNORE
         first_B = [int(is_label_N[start:].int().argmax()) + start for start in batch.first_B.tolist()]
         last = is_label_N.numel() - 1
         return torch.tensor([min(i + self.offset, last) for i in first_B], device=is_label_N.device)
 
     def count(self, batch: Batch, letter_B: torch.Tensor, logits_BV: torch.Tensor, rows: list[Row]) -> tuple[int, int]:
-        """Right answers and questions; a response that was cut before its letter is no question."""
+        """Number of right answers and of questions. A response that was cut before its letter does not count."""
         right = questions = 0
         for row, token, logits_V in zip(rows, batch.ids_BT.flatten()[letter_B].tolist(), logits_BV, strict=True):
             if 0 < row.n_choices <= MOST_CHOICES and token == self.letters[row.answer]:

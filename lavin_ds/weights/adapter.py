@@ -154,12 +154,17 @@ def read_adapter(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: no such file, or not one that save_adapter wrote.
     """
+    opened = _open(file)
+    return {name: opened.tensor(name).clone() for name in opened.shapes}
+
+
+def _open(file: Path) -> SafetensorsFile:
     if not file.is_file():
         raise UserError(f"No adapter at {file}.")
     opened = SafetensorsFile(file)
     if opened.metadata.get("lavin_ds_adapter") != str(FORMAT):
         raise UserError(f"{file} is not an adapter of this version: make one with `lavin-ds export adapter`.")
-    return {name: opened.tensor(name).clone() for name in opened.shapes}
+    return opened
 
 
 def read_record(file: Path) -> AdapterRecord:
@@ -178,21 +183,31 @@ def read_record(file: Path) -> AdapterRecord:
 
 
 def check_fits(file: Path, config: RunConfig) -> None:
-    """Compares an adapter's record with the recipe that is to go on from it, without reading its tensors.
+    """Compares an adapter's record with the recipe that is to start from it, and its header with the record.
 
-    An official file (.pth) has no record: only its being there is checked here, its shapes when it is loaded.
+    No tensor is read, and torch is not imported.
 
     Raises:
-        UserError: there is no such file or record, or it was trained in a model that this recipe does not describe.
+        UserError: there is no such file or record; it was trained in a model that this recipe does not describe; or
+            the file is cut short, or does not hold the fp32 tensors of its record.
     """
-    if not file.is_file():
-        raise UserError(f"No adapter at {file}.")
-    if file.suffix == ".pth":
-        return
-    trained = read_record(file).config
-    differ = _differences(_identity(trained), _identity(config))
+    opened = _open(file)
+    record = read_record(file)
+    differ = _differences(_identity(record.config), _identity(config))
     if differ:
         raise UserError(f"{file} does not fit the recipe {config.name}: {'; '.join(differ)}.")
+    wanted = {name: tuple(shape) for name, shape in record.tensors.items()}
+    for name in sorted(wanted.keys() | opened.shapes.keys()):
+        found = (opened.dtypes.get(name), opened.shapes.get(name))
+        if found != ("F32", wanted.get(name)):
+            raise UserError(
+                f"{file} does not hold what {record_file(file).name} says: tensor {name} is {_tell(*found)} in the "
+                f"file and {_tell('F32' if name in wanted else None, wanted.get(name))} in the record. Copy both anew."
+            )
+
+
+def _tell(dtype: str | None, shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"{dtype} {list(shape)}"
 
 
 def _identity(config: RunConfig) -> dict:

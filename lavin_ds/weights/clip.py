@@ -128,11 +128,10 @@ class ClipFile:
             tower = [part for part in self.file.shapes if part.startswith(prefix)]
         else:
             tower = [part for (part,) in self.parts.values()]
-        kept_blocks = config.visual_tokens * config.cls_every
 
         def is_needless(part: str) -> bool:
             block = NUMBERED.search(part)
-            return bool(IGNORABLE.search(part) or block and int(block[1]) >= kept_blocks)
+            return bool(IGNORABLE.search(part) or block and int(block[1]) >= config.depth)
 
         return [part for part in tower if part not in used and not is_needless(part)]
 

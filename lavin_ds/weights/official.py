@@ -94,13 +94,7 @@ def import_official(model: Lavin, file: Path) -> argparse.Namespace:
     Raises:
         UserError: the file cannot be read safely, or its tensors or arguments do not fit the recipe.
     """
-    _check_kinds(model.config)
-    content = load_torch(file, allowed_globals=(argparse.Namespace,))
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{file} is not a checkpoint of the LaVIN authors' training script: it has no key 'model'.")
-    arguments = content.get("args") or argparse.Namespace()
-    _check_arguments(arguments, model, file)
-    theirs = {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
+    arguments, theirs = read_official(file, model.config)
     tensors = {}
     for name in model.trainable():
         official = official_name(name)
@@ -112,14 +106,29 @@ def import_official(model: Lavin, file: Path) -> argparse.Namespace:
     return arguments
 
 
-def _check_arguments(arguments: argparse.Namespace, model: Lavin, file: Path) -> None:
+def read_official(file: Path, config: ModelConfig) -> tuple[argparse.Namespace, dict[str, torch.Tensor]]:
+    """The authors' checkpoint, mapped: its training arguments, and its tensors by their names without `module.`.
+
+    Raises:
+        UserError: the file cannot be read safely, or its arguments do not fit the recipe.
+    """
+    _check_kinds(config)
+    content = load_torch(file, allowed_globals=(argparse.Namespace,))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{file} is not a checkpoint of the LaVIN authors' training script: it has no key 'model'.")
+    arguments = content.get("args") or argparse.Namespace()
+    _check_arguments(arguments, config, file)
+    return arguments, {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
+
+
+def _check_arguments(arguments: argparse.Namespace, config: ModelConfig, file: Path) -> None:
     """Numbers that no tensor's shape tells, or tells badly."""
-    adapter = model.config.llm_adapter
+    adapter = config.llm_adapter
     for argument, key, ours in [
         ("adapter_dim", "llm_adapter.dim", adapter.dim),
         ("adapter_scale", "llm_adapter.scale", adapter.scale),
         ("temperature", "llm_adapter.temperature", adapter.temperature),
-        ("hidden_proj", "neck.dim", model.config.neck.dim),
+        ("hidden_proj", "neck.dim", config.neck.dim),
     ]:
         theirs = getattr(arguments, argument, ours)
         if theirs != ours:

@@ -62,6 +62,7 @@ class SafetensorsFile:
             raise UserError(f"{path} {said}") from None
         self.metadata: dict[str, str] = header.metadata() or {}
         self.shapes = {name: tuple(header.get_slice(name).get_shape()) for name in names}
+        self.dtypes = {name: header.get_slice(name).get_dtype() for name in names}  # as safetensors writes them: "F32"
 
     @cached_property
     def _file(self):

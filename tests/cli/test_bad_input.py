@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import lavin_ds
 from lavin_ds.cli import main
@@ -17,6 +19,8 @@ from lavin_ds.config import load_recipe
 from lavin_ds.launching import deepspeed_command, launcher
 from lavin_ds.launching.deepspeed_command import launch_command
 from lavin_ds.machine import free_port
+from lavin_ds.models.meta import build_on_meta
+from lavin_ds.weights.adapter import METADATA, record_file, save_adapter
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 
@@ -122,13 +126,76 @@ def test_resuming_with_another_recipe_names_the_key(train, tiny_shards, tmp_path
         "config": load_recipe("tiny").model_dump(mode="json"),
         "inputs": {"data": str(tiny_shards), "llama": "x", "clip": None},
         "data_sha256": "0",
-        "ranks": 1,
-        "versions": {},
-        "git_revision": None,
+        "starts": [],
     }
     (run / "run.json").write_text(json.dumps(record))
     done = train(tiny_shards, run, "training.peak_lr=1.0", "--resume", "auto")
     assert done.code == 2 and "training.peak_lr" in done.stderr
+
+
+def test_checkpoints_without_their_run_json_are_not_resumed(train, tiny_shards, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000007").mkdir(parents=True)
+    done = train(tiny_shards, run, "--resume", "auto")
+    assert done.code == 2 and "has checkpoints but no run.json" in done.stderr and "another --out" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    config = load_recipe("tiny")
+    file = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    model = build_on_meta(config)
+    tensors = {name: torch.zeros(p.shape) for name, p in model.trainable().items()}
+    save_adapter(file, tensors, config, ASSETS / "llama", ASSETS / "vit.safetensors")
+    return file
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def announce_a_huge_header(file: Path) -> None:
+    file.write_bytes((1 << 62).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def hold_another_shape(file: Path) -> None:
+    tensors = load_file(file)
+    save_file(tensors | {"modality.weight": torch.zeros(3, 5)}, file, METADATA)
+
+
+def hold_half_precision(file: Path) -> None:
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, METADATA)
+
+
+def lack_a_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["modality.weight"]
+    save_file(tensors, file, METADATA)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_short, "cannot be read as safetensors"),
+        (announce_a_huge_header, "cannot be read as safetensors"),
+        (hold_another_shape, "modality.weight is F32 [3, 5] in the file"),
+        (hold_half_precision, "F16"),
+        (lack_a_tensor, "modality.weight is missing in the file"),
+    ],
+)
+def test_a_bad_first_adapter_is_refused_before_anything_is_written(train, tiny_shards, adapter, tmp_path, spoil, said):
+    bad = tmp_path / "bad.safetensors"
+    shutil.copy(adapter, bad)
+    shutil.copy(record_file(adapter), record_file(bad))
+    spoil(bad)
+    assert_refused(train(tiny_shards, tmp_path / "run", **{"init-adapter": bad}), tmp_path / "run", bad.name, said)
+
+
+def test_an_authors_checkpoint_that_asks_for_code_is_refused_before_anything_is_written(train, tiny_shards, tmp_path):
+    bad = tmp_path / "bad.pth"
+    torch.save({"model": {}, "args": Path("x")}, bad)
+    done = train(tiny_shards, tmp_path / "run", **{"init-adapter": bad})
+    assert_refused(done, tmp_path / "run", bad.name, "which is not a tensor")
 
 
 def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp_path, monkeypatch):

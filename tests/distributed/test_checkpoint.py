@@ -115,12 +115,19 @@ def choose(whole: Path, other: Path, none: Path) -> None:
     assert load_newest_on_all_ranks(whole, fail).at.step == 14
     assert load_newest_on_all_ranks(none, fail) is None
     for folders, said in (
-        ((whole, none), "step 14; rank 1: .*No such file"),
+        ((whole, none), "step 14; rank 1: no checkpoint of that step"),
         ((none, whole), "no checkpoint; rank 1: the checkpoint of step 14"),
         ((whole, other), "step 14; rank 1: another checkpoint of that step"),
     ):
         with pytest.raises(UserError, match=said + ".*all nodes share"):
             load_newest_on_all_ranks(folders[rank], fail)
+    # What rank 0 cannot read is told by all of them, and nothing is renamed.
+    if rank == 0:
+        (other / "step-00000014" / "state.safetensors").unlink()
+        (other / "step-00000014" / "state.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"state.safetensors cannot be read \(Input/output error\)"):
+        load_newest_on_all_ranks(other, fail)
+    assert list_steps(other) == [14]
     dist.destroy_process_group()
 
 

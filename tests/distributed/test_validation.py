@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from ranks import Spy
 from safetensors.torch import load_file
 
 from lavin_ds.config import load_recipe
@@ -15,9 +17,11 @@ from lavin_ds.data.prompts import LETTERS
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.parallel import initialize_single_process
+from lavin_ds.run import load_run
 from lavin_ds.training import checkpoint
 from lavin_ds.training.checkpoint import best_step, list_steps
 from lavin_ds.training.validation import validation_rows
+from lavin_ds.weights.adapter import save_adapter
 from lavin_ds.weights.base import build_model
 
 pytestmark = pytest.mark.slow
@@ -110,6 +114,22 @@ def test_the_best_checkpoint_is_kept_and_its_adapters_are_exported(workplace, va
     assert f"{loss:.4f}" in validated.log.read_text()
 
 
+def test_a_stop_ends_a_validation_after_its_batch_and_the_resumed_run_validates_that_step_again(workplace, validated):
+    words = (*DROPOUT, *EVERY, "training.keep_checkpoints=1")
+    stopped = workplace.train("stopped-validating", 2, *words, code=143, spy=Spy(stops_in_validation=True))
+    assert [m["step"] for m in stopped.metrics] == list(range(1, 7)) and not scores(stopped)
+    assert list_steps(stopped.folder / "checkpoints") == [6]
+    resumed = workplace.train("stopped-validating", 2, *words, resume="auto")
+    assert scores(resumed) == scores(validated)
+    assert [m["loss"] for m in resumed.metrics] == [m["loss"] for m in validated.metrics]
+    assert all(torch.equal(resumed.adapters[name], value) for name, value in validated.adapters.items())
+    best = [load_file(run.folder / "adapter-best.safetensors") for run in (validated, resumed)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    # Each start is recorded beside those before it.
+    starts = load_run(resumed.folder).starts
+    assert [start.step for start in starts] == [0, 6] and all(start.versions["torch"] for start in starts)
+
+
 def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
     adapter = validated.folder / "adapter.safetensors"
     words = ("training.peak_lr=1e-12", *EVERY)
@@ -119,6 +139,17 @@ def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
     refused = workplace.train("refused", 1, "model.llm_adapter.dim=16", init_adapter=adapter, code=2)
     assert "model.llm_adapter.dim is 8 in the adapter and 16 in the recipe" in refused.log.read_text()
     assert not refused.folder.exists()
+    # What only the model itself can tell is told when it is loaded: nothing was trained, so nothing stays behind.
+    renamed = workplace.folder / "renamed.safetensors"
+    tensors = load_file(adapter)
+    save_adapter(
+        renamed,
+        {f"x.{name}": t for name, t in tensors.items()},
+        load_run(validated.folder).config,
+        workplace.folder / "llama",
+    )
+    refused = workplace.train("refused-later", 1, *EVERY, init_adapter=renamed, code=2)
+    assert "has besides x." in refused.log.read_text() and not refused.folder.exists()
 
 
 def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exported(workplace, validated):
@@ -127,7 +158,8 @@ def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exporte
     best, last = (run / "checkpoints" / f"step-{step:08d}" for step in (6, 20))
     shutil.rmtree(best, ignore_errors=True)
     shutil.copytree(last, best)
-    (best / "state.json").write_text(json.dumps(json.loads((last / "state.json").read_text()) | {"val_loss": 0.1}))
+    at, sha256 = checkpoint._read_record(run / "checkpoints", 6)
+    checkpoint._write_record(best, replace(at, val_loss=0.1), sha256)
     (best / "state.safetensors").write_bytes((last / "state.safetensors").read_bytes()[:-1])
     assert best_step(run / "checkpoints") == 6
     (run / "summary.json").unlink()

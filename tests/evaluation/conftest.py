@@ -69,8 +69,7 @@ class Pipeline:
             config=self.seeing_config,
             inputs=Inputs(data=self.data, llama=llama, clip=self.clip),
             data_sha256=manifest_sha256(self.data, "pixels"),
-            ranks=1,
-            versions={},
+            starts=(),
         ).save(folder)
         return folder
 

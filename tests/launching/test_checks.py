@@ -9,18 +9,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 import lavin_ds
 from lavin_ds.cli.main import app
 from lavin_ds.config import config_keys, load_recipe
+from lavin_ds.devices import OVERHEAD
 from lavin_ds.errors import UserError
+from lavin_ds.launching import resources
 from lavin_ds.launching.deepspeed_command import hostfile_ranks
-from lavin_ds.launching.resources import disk_check, loading_check
+from lavin_ds.launching.resources import disk_check, memory_check
 from lavin_ds.launching.resume import FREE_ON_RESUME
 from lavin_ds.models.counting import count_parameters
+from lavin_ds.profiling.memory import simulate, worst_case
 from lavin_ds.run import check_free, hold
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
 
@@ -76,14 +78,34 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_with_what_they_take(tmp
         assert check.passed == passed and f"{needed / 1e6:.1f} MB for 5 checkpoints" in check.found
 
 
-def test_ram_for_every_ranks_copy_is_compared_with_what_is_free(monkeypatch):
-    config = load_recipe("tiny", ["tensor_parallel=2"])
-    frozen = count_parameters(config).frozen_bytes
-    needed = 4 * (frozen["llm"] // 2 + frozen["vision"])
+def test_a_gpu_needs_room_for_the_simulated_peak_and_the_cuda_context_unless_forced(monkeypatch):
+    config = load_recipe("tiny")
+    needed = simulate(config, worst_case(config, 2), 2).peak_bytes + int(OVERHEAD)
+    monkeypatch.setattr(resources, "gpus", lambda: 3)
     for free, passed in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        check = loading_check(config, local_ranks=4)
-        assert check.passed == passed and f"{needed / 1e6:.1f} MB of RAM for 4 ranks" in check.found
+        # The least of the GPUs that the ranks take counts; the third one is not taken.
+        monkeypatch.setattr(resources, "free_gpu_memory", lambda free=free: [2 * needed, free, 0])
+        check = memory_check(config, ranks=2, local_ranks=2)
+        assert check.passed == passed and not check.warning
+    assert "1.5 GB for the CUDA context" in check.found and "--force" in check.found
+    forced = memory_check(config, ranks=2, local_ranks=2, force=True)
+    assert forced.passed and forced.warning
+
+
+def test_without_a_gpu_the_ranks_share_the_free_ram(monkeypatch):
+    config = load_recipe("tiny")
+    needed = simulate(config, worst_case(config, 2), 2).peak_bytes
+    monkeypatch.setattr(resources, "gpus", lambda: 0)
+    for free, passed in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(resources, "free_ram", lambda free=free: free)
+        assert memory_check(config, ranks=2, local_ranks=2).passed == passed
+
+
+def test_validate_shows_what_force_overrules_as_a_warning(validate, monkeypatch):
+    monkeypatch.setattr(resources, "free_ram", lambda: 1000)
+    assert validate("--ranks", "2").exit_code == 2
+    done = validate("--ranks", "2", "--force")
+    assert done.exit_code == 0 and "warning" in done.stdout and "--force was given" in " ".join(done.stdout.split())
 
 
 def test_train_refuses_with_all_of_them(tiny_shards, tmp_path, monkeypatch, capsys):
@@ -178,3 +200,16 @@ def test_a_run_directory_is_held_by_one_process(tmp_path):
         with pytest.raises(UserError, match="going on"), hold(tmp_path / "run", pytest.fail):
             pass
     check_free(tmp_path / "run")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_directory_in_which_nothing_was_trained_goes_again(tmp_path, existed, trained):
+    run = tmp_path / "run"
+    if existed:
+        run.mkdir()
+    with pytest.raises(KeyError), hold(run, pytest.fail):
+        if trained:
+            (run / "run.json").write_text("{}")
+        raise KeyError
+    assert run.exists() == (existed or trained)

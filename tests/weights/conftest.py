@@ -29,6 +29,6 @@ def run(tmp_path, files):
     folder = tmp_path / "run"
     folder.mkdir()
     inputs = Inputs(data=tmp_path, llama=llama, clip=clip)
-    RunRecord(config=CONFIG, inputs=inputs, data_sha256="", ranks=1, versions={}).save(folder)
+    RunRecord(config=CONFIG, inputs=inputs, data_sha256="", starts=()).save(folder)
     save_adapter(folder / "adapter.safetensors", model.trainable(), CONFIG, llama, clip)
     return folder
