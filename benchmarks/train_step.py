@@ -8,7 +8,7 @@ The model: a LLaMA of width 512 with 8 layers, a ViT of 3% of its arithmetic (Vi
 both, fp32. The samples: micro-batches of 4; 49% with an image, as in ScienceQA's train split; the last 70% of a
 sample's positions labelled. Their lengths, one case each:
 
-    real      ScienceQA's own: SCIENCEQA_LENGTHS below (the claim)
+    real      ScienceQA's own: samples.py has their quantiles (the claim)
     assumed   log-normal, median 171: what this benchmark assumed before real records were at hand
     worst     one micro-batch of 4 samples of 512 positions, all with an image
 
@@ -37,13 +37,13 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from samples import FRAME, IMAGE_FRACTION, MICRO_BATCH, make_samples, real_lengths
 from torch.profiler import ProfilerActivity, profile
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
 from lavin_ds.data.collate import Batch, collate
-from lavin_ds.data.layout import IGNORE, Frame
+from lavin_ds.data.layout import IGNORE
 from lavin_ds.data.sampler import assign
-from lavin_ds.data.shards import Row
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
 from lavin_ds.profiling.measure import highest_allocation
@@ -51,15 +51,7 @@ from lavin_ds.profiling.published import SAVINGS, PublishedLavin, PublishedOptio
 
 FASTER, LESS_MEMORY = 2.0, 0.4  # the claim, at real lengths
 LONGEST = 512
-# Positions of a sample, modality token and visual tokens included, at the quantiles 0, 0.05, ..., 1 of the 1,043
-# trainable records of split train in a subset of ScienceQA (1,088 records, 547 with an image), as `lavin-ds prep
-# scienceqa --recipe lavin-7b` lays them out with LLaMA's tokenizer (QCM-ALE, 512 at most). Mean 303, median 284.
-SCIENCEQA_LENGTHS = (49, 163, 190, 208, 219, 233, 246, 257, 268, 277, 284)
-SCIENCEQA_LENGTHS += (293, 304, 324, 349, 370, 392, 430, 464, 493, 512)
 ASSUMED_MEDIAN, ASSUMED_SPREAD = 171, 0.5  # the second is sigma of the logarithm
-IMAGE_FRACTION, LABELLED_FRACTION = 0.49, 0.7
-MICRO_BATCH = 4
-FRAME = Frame(bos=1, prefix_image=(3, 4, 5), prefix_text=(3, 4, 5, 6, 7))  # as many as LLaMA's tokenizer makes
 PUBLISHED = PublishedOptions(pad_to=LONGEST)
 
 TECHNIQUES = {
@@ -79,13 +71,6 @@ OPTIONS = {  # off in lavin-7b; the last one is no option of a recipe, as it gai
 }
 
 
-def real_lengths(count: int) -> list[int]:
-    """The distribution's quantiles, so that few samples have its spread."""
-    at = (np.arange(count) + 0.5) / count
-    table = np.linspace(0, 1, len(SCIENCEQA_LENGTHS))
-    return np.interp(at, table, SCIENCEQA_LENGTHS).round().astype(int).tolist()
-
-
 def assumed_lengths(count: int) -> list[int]:
     quantile = statistics.NormalDist(np.log(ASSUMED_MEDIAN), ASSUMED_SPREAD).inv_cdf
     return [min(LONGEST, round(np.exp(quantile((i + 0.5) / count)))) for i in range(count)]
@@ -101,23 +86,6 @@ def config_of(vocabulary: int, dim: int = 512, layers: int = 8) -> ModelConfig:
         vision_adapter=adapter,
         frozen_dtype="fp32",
     )
-
-
-def make_samples(model: ModelConfig, lengths: Sequence[int], image_fraction: float) -> tuple[list[Row], np.ndarray]:
-    """Samples of these lengths as the shards would hold them, of random ids, and their images [count, S, S, 3]."""
-    draw, count = np.random.default_rng(0), len(lengths)
-    shown = draw.permutation(count) < round(image_fraction * count)
-    rows = []
-    for number, place in enumerate(draw.permutation(count)):
-        has_image = bool(shown[number])
-        own = lengths[place] - 1 - len(FRAME.head(has_image, model.visual_tokens))
-        ids = draw.integers(10, model.llm.vocab_size, own, dtype=np.int32)
-        start = max(1, own - round(LABELLED_FRACTION * lengths[place]))
-        spans = np.array([[start, own]], dtype=np.int32)
-        image = number if has_image else -1
-        rows.append(Row(str(number), ids, spans, ids[:start], image, has_image, False, 0, 2, "", ""))
-    size = model.vision.image_size
-    return rows, draw.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True)

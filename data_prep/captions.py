@@ -1,11 +1,10 @@
-"""COCO captions with the Karpathy split, to a shard directory.
+"""COCO captions with the Karpathy split.
 
     ANNOTATIONS   dataset_coco.json: {"images": [{"filepath", "filename", "split", "cocoid", "sentences": [{"raw"}]}]}
     IMAGES/FILEPATH/FILENAME
 
-Karpathy's `restval` goes to train, as is usual. In train every caption of an image is a row, to be learnt; in val and
-test an image is one row, with all its captions in the column `references`, to be scored against; its label is the
-first of them.
+Karpathy's `restval` goes to train, as is usual. In train every caption of an image is a row. In val and test an image
+is one row: the column `references` has all its captions, which a score compares with, and its label is the first.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     SHARDS/features-KEY-00000.arrow ...   one row an image, in the order of the image table
 
-KEY is a hash of all that the features are a function of, so a file that stands under its name is complete and right:
-a job that was stopped goes on behind it. The manifest names the files last. Every file is computed by itself, in
-batches that start with the file, so it holds the same bytes whichever rank computes it and however many there are
-(on one kind of device and one version of torch).
+KEY is a hash of everything that the features depend on, so a file that has its name is complete and right, and a job
+that was stopped goes on behind it. The manifest names the files last. Each file is computed by itself, in batches that
+start with the file, so its bytes do not depend on which rank computes it or how many there are (on one kind of device
+and one version of torch).
 
     N images of a batch, S their side in pixels, P visual tokens, W vision width
 """
@@ -47,7 +47,7 @@ BATCH = 32  # images a forward pass; part of KEY, because rounding may depend on
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """A job that passed every check. `done` is True if the directory has these very features already."""
+    """A job that passed every check. `done` is True if the directory has exactly these features already."""
 
     directory: Path
     clip: Path
@@ -67,11 +67,12 @@ class FeatureJob:
 
 
 def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False) -> FeatureJob:
-    """Checks recipe, shards and CLIP file; computes nothing but the file's hash.
+    """Checks recipe, shards and CLIP file; computes nothing but the CLIP file's hash.
 
     Raises:
-        UserError: the recipe has no vision, or adapters in its ViT; the shards have no images, or others than the
-            recipe wants, or features of another kind and not `overwrite`; the CLIP file does not fit the recipe.
+        UserError: the recipe has no vision, or adapters in its ViT; the shards have no images, or images that differ
+            from the recipe's, or features of another kind and `overwrite` is False; the CLIP file does not fit the
+            recipe.
     """
     vision, adapter = config.model.vision, config.model.vision_adapter
     if vision is None:
@@ -127,9 +128,10 @@ def extract(
     ranks: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Computes every `ranks`-th file from file `rank` on, those that are there already left out.
+    """Computes every `ranks`-th file from file `rank` on, except those that are there already.
 
-    Returns the number of images computed; `on_progress` is called with it, and with that of all this rank has to do.
+    Returns the number of images computed. `on_progress` is called with that number so far, and with the number of
+    images that this rank has to compute.
 
     Raises:
         UserError: the disk is full or the directory cannot be written.
@@ -163,7 +165,7 @@ def extract(
 
 
 def finish(job: FeatureJob) -> Manifest:
-    """Names the files in the manifest, when all ranks are done, and removes what older jobs left."""
+    """Names the files in the manifest, once all ranks are done, and removes the files of other features."""
     files = [
         FileEntry(
             name=path.name,

@@ -1,4 +1,4 @@
-"""Reading files that nobody vouches for: JSON, the records in it, and the images that they name."""
+"""Reading files that may be malformed or hostile: JSON, the records in it, and the images that they name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {dict: "mapping", list: "list"}  # of JSON's values
 
 
 def is_unicode(text: str) -> bool:
-    """JSON escapes can spell halves of characters, which no tokenizer takes."""
+    """Whether a text has no half of a character: JSON escapes can spell one, and no tokenizer takes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -68,9 +68,9 @@ def is_plain_name(name: str) -> bool:
 
 
 def path_below(key: str, *parts: str) -> str:
-    """A path of plain names, from names or relative paths that a record gives; raises Refused if it would leave.
+    """Joins names or relative paths that a record gives; raises Refused if the result could leave the folder.
 
-    Links are followed: they are the folder owner's, not the record's.
+    Links are followed: the folder's owner made them, not the record.
     """
     for part in parts:
         if not part or not all(map(is_plain_name, part.split("/"))):

@@ -1,4 +1,4 @@
-"""ScienceQA in its official folder layout, to a shard directory.
+"""ScienceQA in its official folder layout.
 
 DATA/problems.json               {id: record}
 DATA/pid_splits.json             {split: [id, ..]}
@@ -50,8 +50,9 @@ class RawQuestion(RawRecord):
 
 @dataclass(frozen=True)
 class ScienceQA(Source):
-    """ScienceQA in its official folder layout."""  # a raw record is its split, its JSON, and its caption or None
+    """ScienceQA in its official folder layout."""
 
+    # A raw record is its split, its JSON, and its caption or None.
     kind = "scienceqa"
     formats = SCIENCEQA_FORMATS
     recipe = "lavin-7b"

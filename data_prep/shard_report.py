@@ -1,6 +1,6 @@
 """What is in a shard directory: counts, lengths, labels, the padding that training would compute, and single samples.
 
-Reads the shards alone; neither torch nor any weight is needed.
+It needs the shards only: no weights, and no torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Kind = Literal["modality token", "BOS", "prefix", "visual slot", "prompt", "labe
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. Lengths count the positions of a sample laid out for training, its modality token included.
+    """One split. A length counts the positions of a sample laid out for training, with its modality token.
 
-    rows_text, rows_image: of them `trainable` have labels. label_share: labelled positions of all positions of the
-    trainable rows. histogram_*: rows by length, in BINS steps of Report.bin_width: 1 to it, the next to twice it, ..
+    trainable: rows that have labels. label_share: the part of the trainable rows' positions that is labelled.
+    histogram_*: rows by length in BINS bins; the first is 1 to Report.bin_width, the next ends at twice that, ..
     """
 
     rows: int
@@ -51,9 +51,11 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Padding:
-    """Positions that count per position computed, by how micro-batches are made; None where ranks cannot be served.
+    """Positions that are not padding per position computed, by how micro-batches are made.
 
-    with_waiting: as `sampler`, but what a rank could have computed while it waits for the slowest counts as computed.
+    to_max_length: each sample padded to data.max_length. sampler: as training makes them without packing.
+    with_waiting: as `sampler`, but the time that ranks wait for the slowest one counts as computed positions.
+    packed: with training.packing. None if so few samples cannot be dealt to so many ranks.
     """
 
     ranks: int
@@ -121,7 +123,7 @@ class SampleView:
 def make_report(
     directory: Path, visual_tokens: int | None = None, global_batch: int = 32, micro_batch: int = 4
 ) -> Report:
-    """Reads all splits. visual_tokens: of the run that will read the shards; None: what they were prepared for.
+    """Reads all splits. visual_tokens: those of the run that will read the shards; None: what they were prepared for.
 
     Raises:
         UserError: the directory or a file of it cannot be read.
@@ -146,10 +148,10 @@ def make_report(
 
 
 def view(directory: Path, split: str, sample: str | None = None, visual_tokens: int | None = None) -> SampleView:
-    """One sample laid out as for training; a row without labels, as for evaluation.
+    """One sample laid out for training; a row without labels, for evaluation.
 
-    sample: an id or, if no row has it, a row's number from 0; None: the first one with an image and labels, or else
-    the first.
+    sample: an id or, if no row has it, a row's number from 0. None: the first row with an image and labels, or the
+    first of all.
 
     Raises:
         UserError: no such split or sample, or the directory cannot be read.

@@ -1,7 +1,7 @@
 """The work of prep, a task at a time: check records, write a file of images, write a file of rows.
 
-A task's result is plain JSON values: it goes back to the parent and into the progress file. What is in a file
-depends on the task alone, so neither the number of workers nor their order can change a byte.
+The result of a task is plain JSON values, since it is written to the progress file. The file it writes depends on the
+task alone, so neither the number of workers nor their order changes a byte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 256  # records tokenised at a time
 
 @dataclass(frozen=True)
 class Task:
-    """A method of Worker and its arguments; `name` stands in the progress file, `size` counts towards the progress."""
+    """A method of Worker and its arguments. The progress file knows it by `name`; `size` is its share of the work."""
 
     name: str
     method: Literal["check", "write_images", "write_rows"]
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all tasks. `image_size` None: for a recipe without vision, which needs no image."""
+    """What is the same for all tasks. `image_size` is None for a recipe without vision, which reads no image."""
 
     source: Source
     tokenizer: Path
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass
 class Tally:
-    """What is counted over the rows of a file. `too_long`: record, text id and reason of what is not trained on."""
+    """Counts over the rows of a file. `too_long` has the record, text id and reason of each sample not trained on."""
 
     outcomes: Counter = field(default_factory=Counter)
     lengths: Counter = field(default_factory=Counter)  # positions as laid out for training -> rows
@@ -77,10 +77,10 @@ class Worker:
         return getattr(self, task.method)(*task.arguments)
 
     def check(self, listed: list[Listed]) -> dict:
-        """Looks into records and hashes the files of their images.
+        """Checks records and hashes the files of their images.
 
-        Returns `images`: SHA-256 and path of the distinct ones, in the order of the records; `records`: for each
-        the place of its image there, or -1; `faults`: place, key and reason of records that cannot be used.
+        Returns `images`, SHA-256 and path of the distinct ones in the order of the records; `records`, for each one
+        the place of its image in `images`, or -1; and `faults`, place, key and reason of the bad records.
         """
         images: dict[str, str] = {}
         places: dict[str, int] = {}
@@ -107,7 +107,7 @@ class Worker:
         return {"file": _dumped(entry), "faults": faults}
 
     def write_rows(self, name: str, listed: list[Listed], image_rows: Sequence[int]) -> dict:
-        """Tokenises records, whose images are in those rows of the image table; returns the `file` and a Tally."""
+        """Tokenises records; `image_rows` are the rows of their images, or -1. Returns the `file` and its Tally."""
         tally = Tally()
         rows = self._sample_rows(listed, image_rows, tally)
         entry = write_shard(self.job.shards / name, ROW_SCHEMA, rows, ROW_BATCH)

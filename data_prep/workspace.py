@@ -1,8 +1,8 @@
-"""The unfinished output of a job, which a killed job goes on from.
+"""The unfinished output of a job, from which the same command goes on after a kill.
 
-.OUT.part/lock             held while a job is at work
-.OUT.part/progress.jsonl   line 1 the job's inputs and settings; then a line for every finished task, with its result
-.OUT.part/shards/          becomes OUT when everything is in it
+.OUT.part/lock             locked while a job runs
+.OUT.part/progress.jsonl   line 1: the job's inputs and settings; then a line for every finished task, with its result
+.OUT.part/shards/          renamed to OUT when the job is complete
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lavin_ds.files import sync, write_atomically
 
 
 class Workspace:
-    """Made by `open_workspace`. `shards` is the folder to fill, `done` the results of finished tasks by name."""
+    """Made by `open_workspace`. `shards` is the folder to fill, `done` holds the results of finished tasks by name."""
 
     def __init__(self, out: Path, part: Path):
         self.out, self.part, self.shards = out, part, part / "shards"
@@ -35,7 +35,7 @@ class Workspace:
         self._append({"task": task, "result": result})
 
     def publish(self) -> None:
-        """Gives the shards their name. With an older directory there, that one goes away only then."""
+        """Renames the shards to OUT. A directory that is there already is removed only now."""
         sync(self.shards)
         old = self.part / "old"
         shutil.rmtree(old, ignore_errors=True)
@@ -52,7 +52,7 @@ class Workspace:
 
     def close(self) -> None:
         if self._progress:
-            with suppress(OSError):  # a full disk refuses again what it refused before
+            with suppress(OSError):  # a full disk refuses the last write once more
                 self._progress.close()
 
     def _start(self, inputs: dict[str, str], restart: bool) -> None:
@@ -61,12 +61,12 @@ class Workspace:
         if lines and lines[0] != inputs:
             raise UserError(
                 f"{self.part} holds an unfinished job of other inputs or settings ({_changes(lines[0], inputs)}): "
-                "finish it with the command that began it, or throw it away with --restart."
+                "finish it with the command that started it, or throw it away with --restart."
             )
         kept = [line for line in lines[1:] if self._is_there(line["result"].get("file"))]
         self.done = {line["task"]: line["result"] for line in kept}
         self._tidy_up({line["result"]["file"]["name"] for line in kept if line["result"].get("file")})
-        # Anew and without the half line that a kill may have left.
+        # Written anew, without the half line that a kill may have left.
         text = "".join(json.dumps(line) + "\n" for line in (inputs, *kept))
         write_atomically(path, lambda temporary: temporary.write_text(text))
         self._progress = open(path, "ab")  # noqa: SIM115, closed in close()
@@ -82,7 +82,7 @@ class Workspace:
                 path.unlink()
 
     def _drop_half_files(self) -> None:
-        """What workers that were ended in the middle of a file left behind, so that a full disk has its space back."""
+        """Removes what workers left that were ended in the middle of a file; a full disk needs the space."""
         for path in self.shards.glob(".*"):
             path.unlink(missing_ok=True)
 
@@ -94,11 +94,11 @@ class Workspace:
 
 @contextmanager
 def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: bool) -> Iterator[Workspace]:
-    """The unfinished output for `out`, with what an earlier run of the same `inputs` finished.
+    """The unfinished output for `out`, with the tasks that an earlier run of the same `inputs` finished.
 
     Raises:
-        UserError: `out` is in the way (with `overwrite`: is no shard directory), another job is at work on it, an
-            unfinished job has other inputs and `restart` was not asked for, or the disk refuses.
+        UserError: `out` exists (with `overwrite`: and is not a shard directory), another job is preparing it, an
+            unfinished job has other inputs and `restart` is False, or the disk refuses to be written.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -128,7 +128,7 @@ def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: 
 
 @contextmanager
 def _locked(lock: TextIO, out: Path) -> Iterator[None]:
-    """The lock goes with the process that holds it, however that ends."""
+    """Holds the lock, which the system drops with the process, however that ends."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,9 +18,12 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -30,19 +33,28 @@ from lavin_ds.config import RunConfig
 from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
 
-LOCK, STOP, MONITORS = ".lock", ".stop", "monitors"
+LOCK, STOP, MONITORS, CHECKPOINTS = ".lock", ".stop", "monitors", "checkpoints"
 SPLIT, VALIDATION_SPLIT = "train", "val"  # of the shards: what a run trains on and validates on
+PACKAGES = (
+    "lavin_ds",
+    "torch",
+    "deepspeed",
+    "fairscale",
+    "safetensors",
+    "pyarrow",
+    "numpy",
+)
 
 
 class Inputs(BaseModel):
-    """Where a run's inputs lie, absolute paths; `clip` is None for a text-only run."""
+    """Absolute paths of a run's inputs; `clip` is None for a text-only run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Path
     llama: Path
     clip: Path | None = None
-    init_adapter: Path | None = None  # what the adapters began as; None: new ones
+    init_adapter: Path | None = None  # adapters to start from; None: new ones
 
 
 class Start(BaseModel):
@@ -55,6 +67,32 @@ class Start(BaseModel):
     ranks: int
     versions: dict[str, str]
     git_revision: str | None = None
+
+    @classmethod
+    def here(cls, began: datetime, step: int, ranks: int) -> Start:
+        """A start of this process."""
+        versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        return cls(
+            began=began.isoformat(timespec="seconds"),
+            step=step,
+            ranks=ranks,
+            versions=versions,
+            git_revision=_git_revision(),
+        )
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout; None for an installed wheel."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 class RunRecord(BaseModel):
@@ -92,7 +130,7 @@ def load_run(run: Path) -> RunRecord:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps written down, in order; a last line that a crash cut short is left out."""
+    """The recorded steps, in order. A last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -105,7 +143,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError if a process trains in this folder now. One that is just being killed gets a moment to go."""
+    """Raises UserError if a process trains in this folder now; waits 3 seconds for one that is just ending."""
     deadline = time.monotonic() + 3
     while (run / LOCK).is_file():
         with open(run / LOCK, encoding="utf-8") as file:
@@ -123,7 +161,7 @@ def check_free(run: Path) -> None:
 def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Makes the folder and keeps others from training in it. The system releases it when the process dies.
 
-    A folder that was made here goes again if nothing was trained in it.
+    A folder that was made here is removed at the end if nothing was trained in it.
 
     Raises:
         UserError: another process holds it, or it cannot be made.

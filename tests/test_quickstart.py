@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_model_that_could_not_see_learns_to_see(tmp_path):
     out = tmp_path / "quick"
     command = [Path(sys.executable).with_name("lavin-ds"), "quickstart", "--out", out, "--json"]

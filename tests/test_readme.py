@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import lavin_ds
 from lavin_ds.data_prep.sample import generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1400)]
+pytestmark = pytest.mark.timeout(1400)
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -91,6 +91,8 @@ def _write_instructions_and_captions(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
     own = {"images": ["coco/train2017/1.jpg"], "conversations": said}
     lines = [own, {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]}]
+    Image.new("RGB", (60, 50), (200, 10, 10)).save(folder / "photo.jpg")
+    (folder / "prompts.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "What is it?", "image": "photo.jpg"}\n')
     (folder / "pets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -122,6 +124,7 @@ def test_the_readme_has_every_kind_of_command():
         assert start in text
 
 
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_readme(folder):
     path = os.pathsep.join([str(folder / "cluster"), str(BIN), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
@@ -135,5 +138,7 @@ def test_every_command_runs_in_the_order_of_the_readme(folder):
         # A rank takes ten seconds to import what it needs: where the command is not about ranks, one core, so one rank.
         several = {"deepspeed", "sbatch"} & set(words) or "--hostfile" in words or "tensor_parallel=2" in words
         pin = None if several else _pin_to_a_core
-        done = subprocess.run(words, cwd=folder, env=environment, preexec_fn=pin, capture_output=True, text=True)
+        done = subprocess.run(
+            words, cwd=folder, env=environment, preexec_fn=pin, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,8 +17,45 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lavin_ds.errors import UserError
+
 out = Console()
 err = Console(stderr=True)
+
+
+class Stopped(Exception):
+    """Ctrl-C ended a text that was being streamed; `text` is what had come."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+
+def stream(texts: Iterable[str]) -> str:
+    """Prints a text as it grows: each of `texts` continues the one before. Returns the whole text.
+
+    Raises:
+        Stopped: on Ctrl-C, after the line is ended.
+    """
+    shown = ""
+    try:
+        for text in texts:
+            print(text[len(shown) :], end="", flush=True, file=out.file)
+            shown = text
+    except KeyboardInterrupt:
+        print(file=out.file)
+        raise Stopped(shown) from None
+    print(file=out.file)
+    return shown
+
+
+@contextmanager
+def telling_errors() -> Iterator[None]:
+    """Tells a UserError and goes on after it, for commands that people talk to."""
+    try:
+        yield
+    except UserError as error:
+        err.print(f"[yellow]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+
 
 PLAIN_INTERVAL = 5  # seconds between lines where there is no terminal
 

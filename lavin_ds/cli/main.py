@@ -9,8 +9,10 @@ from typer.core import TyperGroup
 
 from lavin_ds import __version__
 from lavin_ds.cli import (
+    chat,
     evaluate,
     export,
+    generate,
     merge_delta,
     prep,
     prep_features,
@@ -21,7 +23,7 @@ from lavin_ds.cli import (
 )
 from lavin_ds.errors import UserError
 
-COMMANDS = ("quickstart", "prep", "validate", "train", "eval", "profile", "export", "merge-delta")
+COMMANDS = ("quickstart", "prep", "validate", "train", "eval", "generate", "chat", "profile", "export", "merge-delta")
 
 
 class InOrder(TyperGroup):
@@ -45,6 +47,8 @@ app.add_typer(prep.app, name="prep")
 app.command("train", no_args_is_help=True)(train.train)
 app.command("validate", no_args_is_help=True)(train.validate)
 app.command("eval", no_args_is_help=True)(evaluate.evaluate)
+app.command("generate", no_args_is_help=True)(generate.generate)
+app.command("chat", no_args_is_help=True)(chat.chat)
 app.add_typer(profile.app, name="profile")
 app.add_typer(export.app, name="export")
 app.command("merge-delta")(merge_delta.merge_delta)

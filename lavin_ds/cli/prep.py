@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Prepare data: source files to Arrow shards.", no_args_is_help=True)
 
 
-HEADINGS = {"evaluation_only": "no labels"}  # of the table's columns, where not the name itself
+HEADINGS = {"evaluation_only": "no labels"}  # where a column is not named as in the manifest
 
 
 class OnError(str, Enum):
@@ -117,7 +117,7 @@ def _end(number: int, _frame) -> None:
 
 
 def _stages(title: str, bars: ExitStack) -> Callable[[str, int, int], None]:
-    """One progress display a pass, with its own rate and time left."""
+    """Shows the progress of each pass by itself, with its own rate and time left."""
     current, update = None, None
 
     def show(stage: str, done: int, total: int) -> None:
@@ -176,7 +176,7 @@ def summary(report: PrepReport) -> dict:
 
 
 def _table(report: PrepReport) -> Table:
-    """A row a split; columns that would say nothing are left out."""
+    """A row a split; columns that would be all zeros are left out."""
     from lavin_ds.data.schema import LengthCounts
 
     splits = report.manifest.splits
@@ -202,7 +202,7 @@ def _table(report: PrepReport) -> Table:
 
 
 def _remark(report: PrepReport) -> None:
-    """Says what the counts of long and bad samples mean, where there are any."""
+    """Says what became of long and bad samples, if there are any."""
     from lavin_ds.data.prompts import CONVERSATION
 
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt

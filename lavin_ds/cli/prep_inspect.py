@@ -28,7 +28,7 @@ STYLES = {
     "prompt": "",
     "label": "green",
 }
-IMAGE_COLUMNS = 48  # of a picture in the terminal; each holds two pixels, one above the other
+IMAGE_COLUMNS = 48  # width of a picture in the terminal; a character shows two pixels, one above the other
 
 
 def inspect_shards(
@@ -36,9 +36,9 @@ def inspect_shards(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe that will read them; checked against them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to compare the shards with.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="What histogram and sample are of; default train, or the first.")
+        str | None, typer.Option(help="Split of the histogram and the sample; default train, or the first.")
     ] = None,
     sample: Annotated[str | None, typer.Option(help="An id or a row's number; default one with an image.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the histograms of lengths there.")] = None,
@@ -65,7 +65,7 @@ def inspect_shards(
     _show_histogram(report, shown.split, out)
     out.print(
         Text.assemble(
-            ("\ntokens that count per token computed", "bold"),
+            ("\ntokens that are not padding, per token computed", "bold"),
             f", global batch {report.global_batch}, micro-batches of {report.micro_batch}",
         )
     )
@@ -88,7 +88,7 @@ def _show_manifest(report: Report, out: Console) -> None:
         "prompts": f"{prompt.format}, captions {'on' if prompt.captions else 'off'}, max_length {prompt.max_length}, "
         f"overlength {prompt.overlength}" + (f", compat {prompt.compat}" if prompt.compat else ""),
         "images": f"{images.rows:,} of {images.size} x {images.size}, {images.resize}" if images else "none",
-        "features": f"{features.visual_tokens} x {features.width} an image, computed in {features.computed_in}, "
+        "features": f"{features.rows_per_image} x {features.width} an image, computed in {features.computed_in}, "
         f"CLIP {features.clip_sha256[:12]}"
         if features
         else "none",
@@ -101,7 +101,7 @@ def _show_manifest(report: Report, out: Console) -> None:
 
 
 def _splits_table(report: Report) -> Table:
-    """A row a split, 80 columns at most; what the length limit made of samples that are not whole, if it did."""
+    """A row a split, at most 80 columns. Outcomes of the length limit have a column if there are any."""
     from lavin_ds.data.schema import LengthCounts
 
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
@@ -121,7 +121,7 @@ def _splits_table(report: Report) -> Table:
 
 
 def _show_histogram(report: Report, split: str, out: Console) -> None:
-    """A line a step of lengths, from the first that has rows to the last; text rows, then image rows behind them."""
+    """A line a bin of lengths, from the first that has rows to the last; a bar of text rows, then of image rows."""
     one, step = report.splits[split], report.bin_width
     limit = max(report.manifest.prompt.max_length, one.longest)
     totals = [t + i for t, i in zip(one.histogram_text, one.histogram_image, strict=True)]
@@ -136,7 +136,7 @@ def _show_histogram(report: Report, split: str, out: Console) -> None:
 
 def _padding_table(report: Report) -> Table:
     limit = report.manifest.prompt.max_length
-    table = Table(box=box.SIMPLE, caption="with waiting: for the slowest rank, counted as computed")
+    table = Table(box=box.SIMPLE, caption="with waiting: the time ranks wait for the slowest counts as computed tokens")
     for heading in ("ranks", f"padded to {limit}", "as training will", "with waiting", "packed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in report.padding:

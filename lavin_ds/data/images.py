@@ -33,7 +33,7 @@ class ImageError(Exception):
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decodes a file's bytes to RGB. Transparency is dropped, not blended, as the authors do.
+    """Decodes a file's bytes to RGB. Transparency is dropped, not blended, as in the authors' code.
 
     Raises:
         ImageError: not an image of a known format, truncated, or of more than MAX_PIXELS pixels.
@@ -96,7 +96,7 @@ def normalise(
     images_NHWC: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
     """uint8 [N, S, S, 3] to float32 [N, 3, S, S] on the same device, with torchvision's numerics."""
-    import torch  # here alone: prep and its workers do without it
+    import torch  # not at the top: prep and its workers need no torch
 
     x_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32).div(255)
     # Filled on the device: a list copied to a GPU would make the host wait.

@@ -1,15 +1,15 @@
-"""The sequence layout: where every token of a sample stands. Pure functions on numpy arrays.
+"""The sequence layout: the position of every token of a sample. Pure functions on numpy arrays.
 
     T tokens of a laid-out sample, P visual tokens, S label spans
 
     image: [BOS]["Image: "   ][P placeholders, id 0][prompt][response][EOS]
     text : [BOS]["Image: N/A"                      ][prompt][response][EOS]
 
-The modality token t_m is not among the ids: the model puts it before them, at RoPE position 0, so that BOS
-stands at 1. A `max_length` counts it, and so allows max_length - 1 ids.
+The modality token t_m is not among the ids: the model puts it before them, at RoPE position 0, so BOS is at 1. A
+`max_length` counts it, and so allows max_length - 1 ids.
 
-Labels are as long as the ids and stand at the token itself: label[i] = ids[i] where the response and its EOS
-are, IGNORE elsewhere. The model's loss shifts: position i - 1 predicts label i.
+Labels are as long as the ids and not shifted: label[i] is ids[i] in the response and its EOS, and IGNORE elsewhere. The
+model's loss shifts them: position i - 1 predicts label i.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from lavin_ds.data.tokenizer import Tokenizer
 
 IGNORE = -100
-PLACEHOLDER = 0  # stands where the model writes a visual token; the same id as padding
+PLACEHOLDER = 0  # the model replaces it by a visual token; the same id as padding
 IMAGE_PREFIX = "Image: "
 TEXT_PREFIX = "Image: N/A"
 

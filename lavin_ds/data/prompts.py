@@ -1,12 +1,11 @@
 """What a record becomes as text: the prompt that is read and the response that is learnt.
 
-A recipe's `data.prompt_format` names the wording, and with it the kind of data.
+A recipe's `data.prompt_format` names the wording. Which kind of data has which formats: data_prep/sources.py.
 
-ScienceQA: a format such as `QCM-ALE` names the parts in order: before the dash what the prompt holds, after it what the
-response holds (Q question, C context, M choices, L lecture, E explanation, which the data set calls the
-solution, A answer).
+ScienceQA: a format such as `QCM-ALE` lists the parts of the prompt before the dash and those of the response after it:
+Q question, C context, M choices, A answer, L lecture, E explanation (which the data set calls the solution).
 
-Two readings exist; `compat` chooses the authors' one. Where they differ:
+The authors' code words some of it in another way; `compat` chooses theirs. The differences:
 
 | point                      | here                                  | compat (reference, section 2)         |
 |----------------------------|---------------------------------------|---------------------------------------|
@@ -18,14 +17,14 @@ Two readings exist; `compat` chooses the authors' one. Where they differ:
 | response                   | starts with the space that follows    | no space: "Response:The answer is B." |
 |                            | "Response:"                           |                                       |
 
-Line breaks are kept because they carry meaning there (tables in hints, lists and paragraphs in lectures), and
-because a backslash-n is a spelling the frozen LLM has not read its text in.
+Line breaks are kept because they have a meaning (tables in hints, lists and paragraphs in lectures), and because the
+frozen LLM was not trained on texts with a backslash and an "n" in their place.
 
 Instructions: `single-turn` makes a sample of every turn of a conversation, each with the image, as the authors
-train them (reference, section 2); `conversation` one sample of all its turns. The wording of a turn is theirs.
+train (reference, section 2); `conversation` makes one sample of all turns. The wording of a turn is the authors'.
 
-`caption`: no paper states a prompt for captioning. This is the authors' wording of an instruction, with one of the
-instructions for brief descriptions of LLaVA's pre-training set ("Visual Instruction Tuning", appendix).
+`caption`: no paper states a prompt for captioning. This is the authors' wording of an instruction, and the instruction
+is one for brief descriptions from LLaVA's pre-training set ("Visual Instruction Tuning", appendix).
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ CAPTION_INSTRUCTION = "Provide a brief description of the given image."
 class Turn(Protocol):
     """What is asked and what is learnt, as text.
 
-    `context` is the part of the prompt that may be cut to make it fit. The response starts with the space that
-    follows "Response:", unless it is worded for compat.
+    `context` is the part of the prompt that may be shortened. The response starts with the space that follows
+    "Response:", unless it is worded for compat.
     """
 
     @property
@@ -136,9 +135,9 @@ def context_of(question: Question, caption: str | None, compat: bool = False) ->
 
 
 def build_prompt(question: Question, format: str, context: str, compat: bool = False) -> str:
-    """The prompt, from its first label to "Response:". An empty context reads "N/A".
+    """The prompt, from "Question:" to "Response:". An empty context reads "N/A".
 
-    Takes the context as text (see `context_of`) so that an over-long sample can be given a shorter one.
+    The context is given as text (see `context_of`), so that a sample that is too long can have a shorter one.
     """
     parts = INPUT_PARTS[format.split("-")[0]]
     clean = _tidy if not compat else lambda text: text
@@ -150,7 +149,7 @@ def build_prompt(question: Question, format: str, context: str, compat: bool = F
     }
     for letters in {"L", "E", "LE"}.intersection(parts):
         reason = _explanation(question, letters, compat)
-        if reason.strip() or compat:  # the authors keep a line that says nothing
+        if reason.strip() or compat:  # the authors' code keeps an empty line
             lines[letters] = f"BECAUSE: {reason}"
     prompt = "\n".join([*(lines[part] for part in parts if part in lines), "Response:"])
     return _squeeze_once(prompt) if compat else prompt
@@ -191,5 +190,5 @@ def _tidy(text: str) -> str:
 
 
 def _squeeze_once(text: str) -> str:
-    """One pass of two spaces to one, as the authors do: three spaces leave two."""
+    """Replaces two spaces by one in one pass, as the authors' code does: three spaces become two."""
     return text.replace("  ", " ").strip()

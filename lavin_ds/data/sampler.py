@@ -1,8 +1,8 @@
 """Which samples an optimizer step sees, and which rank computes which of them. Pure functions of numbers.
 
-The order of samples is an infinite stream: one permutation an epoch, each a function of (seed, epoch) alone,
-laid end to end. Optimizer step k takes samples [k * N, (k + 1) * N) of it, N being the global batch. So a
-step sees the same samples on any number of ranks, and the position to save is the step number.
+The order of samples is an infinite stream: a permutation per epoch, each a function of (seed, epoch), one after the
+other. Optimizer step k takes samples [k * N, (k + 1) * N) of it, where N is the global batch. So a step sees the same
+samples on any number of ranks, and the only position to save is the step number.
 
     n samples in the data, N samples in a global batch
 """
@@ -36,7 +36,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def global_batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray:
     """The samples of optimizer step `step`, counted from 0; int64 [N].
 
-    A batch on the seam of two epochs takes from both, and may then hold a sample twice.
+    A batch at the end of an epoch goes on with the next one, and may then hold a sample twice.
     """
     if n < 1:
         raise UserError("The split has no sample to train on: prepare more data or a larger data.max_length.")
@@ -47,10 +47,10 @@ def global_batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.
 
 
 def micro_batches(global_batch: int, ranks: int, micro_batch: int) -> int:
-    """How many micro-batches every rank computes for one optimizer step.
+    """How many micro-batches every rank computes per optimizer step.
 
     Raises:
-        UserError: samples cannot be dealt so that every rank has that many and none is empty.
+        UserError: there are too few samples for every rank to have that many, none of them empty.
     """
     count = math.ceil(global_batch / (ranks * micro_batch))
     if global_batch < ranks * count:
@@ -70,17 +70,17 @@ def assign(
     micro_batch: int,
     packing: bool = False,
 ) -> list[list[np.ndarray]]:
-    """Deals a global batch to ranks as micro-batches of nearly the same work; element [rank][k] holds sample indices.
+    """Deals a global batch to ranks in micro-batches of nearly equal work; element [rank][k] holds sample indices.
 
-    indices [N] are samples, lengths [N] their lengths in tokens, has_image [N] whether they show one. Every rank
-    gets `micro_batches(...)` of them, each of one sample or more, long samples in small ones and short samples in
-    large ones. `micro_batch` bounds the memory of each: no more tokens, padding included, than `micro_batch`
-    samples as long as the longest of the batch, and no more than `micro_batch` images.
+    indices [N]: the samples; lengths [N]: their lengths in tokens; has_image [N]: whether they show an image. Every
+    rank gets `micro_batches(...)` micro-batches of at least one sample, with few long samples or many short ones.
+    `micro_batch` bounds the memory of each: it has at most as many tokens, with padding, as `micro_batch` samples of
+    the batch's greatest length, and at most `micro_batch` images.
 
-    Padded micro-batches hold samples of neighbouring lengths; packed ones (`packing`) have no padding and hold any.
-    Those with the most work come first, so that a run that will not fit into memory fails at once, and at the same
-    k all ranks have about as much, the most for the rank that had the least so far. Ties are broken by the position
-    in `indices` and by the rank.
+    A padded micro-batch holds samples of similar lengths. A packed one (`packing`) has no padding and holds any.
+    Micro-batches with the most work come first, so that a run that does not fit into memory fails at once. At the
+    same k all ranks have about the same work, and the rank that had the least so far gets the most. Ties are broken
+    by the position in `indices` and by the rank.
     """
     lengths, has_image = np.asarray(lengths).tolist(), np.asarray(has_image).tolist()
     pieces = ranks * micro_batches(len(indices), ranks, micro_batch)
@@ -103,10 +103,10 @@ def assign(
 
 
 def _cut_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
-    """`count` consecutive pieces of `order`, whose largest has as few tokens (with padding) as can be.
+    """Cuts `order` into `count` consecutive pieces, the largest with as few tokens, padding included, as possible.
 
-    Searches the smallest limit under which filling piece after piece needs no more than `count` of them. The limit
-    of `most` samples of the longest length always suffices: a full piece then has at least `most` samples.
+    Searches the smallest limit on a piece's tokens that needs at most `count` pieces. A limit of `most` samples of the
+    greatest length always suffices: a full piece then has at least `most` samples.
     """
     low, high = lengths[order[0]], most * lengths[order[0]]
     while low < high:
@@ -116,7 +116,7 @@ def _cut_evenly(order: list[int], lengths: list[int], has_image: list[bool], cou
         else:
             low = limit + 1
     cut = _cut(order, lengths, has_image, low, most)
-    while len(cut) < count:  # many equal lengths: halve the largest, so that no rank is left without
+    while len(cut) < count:  # with many equal lengths there are too few pieces: halve the largest
         largest = max((p for p in range(len(cut)) if len(cut[p]) > 1), key=lambda p: len(cut[p]) * lengths[cut[p][0]])
         piece = cut[largest]
         cut[largest : largest + 1] = [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
@@ -124,7 +124,7 @@ def _cut_evenly(order: list[int], lengths: list[int], has_image: list[bool], cou
 
 
 def _cut(order: list[int], lengths: list[int], has_image: list[bool], limit: int, most_images: int) -> list[list[int]]:
-    """Consecutive pieces of `order`, each as large as the limits on its tokens (with padding) and images allow."""
+    """Consecutive pieces of `order`, each as large as the limits on tokens (padding included) and images allow."""
     cut: list[list[int]] = []
     images = 0
     for i in order:
@@ -138,10 +138,10 @@ def _cut(order: list[int], lengths: list[int], has_image: list[bool], limit: int
 
 
 def _fill_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
-    """`count` pieces with about the same sum of lengths: each sample of `order` goes to the emptiest one so far.
+    """`count` pieces with about the same sum of lengths: each sample goes to the piece with the fewest tokens so far.
 
-    No piece passes `most` samples of the longest length: the last sample that could pass it would find a piece
-    with fewer than `most` samples, which has room.
+    No piece exceeds `most` samples of the greatest length: as long as one is left, there is a piece with fewer than
+    `most` samples, and it has room.
     """
     filled: list[list[int]] = [[] for _ in range(count)]
     tokens, images = [0] * count, [0] * count

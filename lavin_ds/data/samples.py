@@ -1,12 +1,12 @@
 """From texts to the tokens of a sample, under the length limit.
 
-In training a sample is prompt, response and EOS; in evaluation its prompt alone. A long lecture in the
-response must not change the question that is asked in evaluation, so the two are fitted apart: a row carries
-a prompt of its own (`prompt_ids`) wherever training had to shorten it, and a sample that cannot be trained on
-without losing a part of the response is still kept to be answered.
+In training a sample is prompt, response and EOS; in evaluation it is the prompt. The two are shortened separately,
+because a long response must not change the question that evaluation asks. So a row has a prompt of its own
+(`prompt_ids`) if training had to shorten the prompt, and a sample whose response does not fit is still kept to be
+answered.
 
-A sample may be a whole conversation: its turns stand one after the other, each prompt, response and EOS, and
-every response is learnt.
+A sample may be a whole conversation: its turns follow each other, each with prompt, response and EOS, and every
+response is learnt.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def make_samples(
 
 
 def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> Sample:
-    """compat: what passes the limit is lost, EOS first; the boundary is where the prompt alone would end."""
+    """compat: what is over the limit is lost, EOS first. The labels begin where the prompt, tokenised alone, ends."""
     token_ids = joint_ids[:limit]
     start = min(len(prompt_ids), len(token_ids))
     same_prompt = token_ids[:start] == prompt_ids
@@ -98,7 +98,7 @@ def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> 
 
 
 def _fit(turns: list[_Encoded], limit: int, tokenizer: Tokenizer, settings: PromptSettings) -> Sample:
-    """Whole if it fits; else by policy; and if the first response cannot stay whole, the first prompt alone."""
+    """The whole sample if it fits; else what the policy says; the first prompt only if its response does not fit."""
     total = sum(turn.total for turn in turns)
     if total <= limit:
         return _training_sample("whole", turns)
@@ -120,7 +120,7 @@ def _fit(turns: list[_Encoded], limit: int, tokenizer: Tokenizer, settings: Prom
 
 
 def _first_that_fit(turns: list[_Encoded], limit: int) -> list[_Encoded]:
-    """As many of a conversation's first turns as `limit` takes."""
+    """As many of a conversation's first turns as fit into `limit`."""
     kept, total = [], 0
     for turn in turns:
         total += turn.total
@@ -157,7 +157,7 @@ def _shorten(
 
 
 def _whole_words(text: str, start: str) -> str:
-    """`start`, a beginning of `text` cut at any token, without a broken last character or word."""
+    """`start`, the beginning of `text` up to some token, without a broken character or word at its end."""
     start = start.rstrip("\ufffd")
     inside_a_word = text.startswith(start) and not text[len(start) : len(start) + 1].isspace()
     if inside_a_word and len(start) < len(text) and any(map(str.isspace, start)):

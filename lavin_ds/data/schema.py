@@ -98,7 +98,7 @@ class ImageEntry(Section):
 
 
 class FeatureEntry(Section):
-    """The ViT's rows of every image, and what they are a function of besides its pixels."""
+    """The ViT's rows of every image, and everything they depend on besides its pixels."""
 
     clip_sha256: str  # of the CLIP file
     vision: VisionConfig
@@ -125,7 +125,7 @@ class PromptSettings(Section):
     captions: bool
     max_length: int = Field(gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"]
-    visual_tokens: int = Field(ge=0)  # what an image was reckoned to take of max_length
+    visual_tokens: int = Field(ge=0)  # how many an image was assumed to take of max_length
     compat: Literal["lavin-official"] | None = None
 
     @classmethod
@@ -143,7 +143,7 @@ class PromptSettings(Section):
 
 class Manifest(Section):
     schema_version: int
-    kind: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of data: see data_prep/sources.py
+    kind: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of data: a kind in data_prep/sources.py, or one from outside
     created_by: str
     splits: dict[str, SplitEntry]
     images: ImageEntry | None  # None: prepared for a recipe without vision
@@ -265,7 +265,7 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
         ("rows (F) of an image's features", entry.rows_per_image, vision.rows),
         ("width (W) of the features", entry.width, vision.width),
     ]
-    if all(ours == theirs for _, ours, theirs in pairs):  # else another tower altogether, which F and W say best
+    if all(ours == theirs for _, ours, theirs in pairs):  # else it is another tower
         pairs = [(f"model.vision.{key}", ours, getattr(vision, key)) for key, ours in entry.vision]
         pairs.append(("normalisation of the features' pixels", entry.normalise, normalisation(config)))
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
@@ -278,7 +278,7 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
 
 
 def normalisation(config: RunConfig) -> Literal["clip", "imagenet"]:
-    """Whose mean and standard deviation the recipe's ViT takes pixels by (see VisionTower)."""
+    """Whose mean and standard deviation normalise the pixels of the recipe's ViT (see VisionTower)."""
     return "imagenet" if config.compat else "clip"
 
 

@@ -1,4 +1,4 @@
-"""Arrow shards on disk: written whole or not at all, read through a memory map with any row at hand.
+"""Arrow shards on disk: written whole or not at all, read row by row in any order through a memory map.
 
 A file is Arrow IPC, uncompressed, so that a row is a slice of the mapped file: nothing is parsed or copied,
 and ranks on one machine share the pages.
@@ -204,7 +204,7 @@ class ShardReader:
         """
         if vision_source == "pixels":
             return self.image
-        _ = self._features  # opens them: what is wrong is told now
+        _ = self._features  # opens the files now, so that a damaged one is told before training
         return self.features
 
     def lengths(self, visual_tokens: int) -> np.ndarray:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lavin_ds.data.shards import file_sha256
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation.requests import Generation, RequestSet
-from lavin_ds.evaluation.subject import Subject, subject_of_files, subject_of_run
 from lavin_ds.evaluation.tasks import find_task
 from lavin_ds.evaluation.tasks.task import Result, Task
 from lavin_ds.files import write_json
+from lavin_ds.generation.subject import Subject, find_subject
 from lavin_ds.weights.adapter import base_warning
 from lavin_ds.weights.base import Progress, build_model, check_inputs
 
@@ -115,13 +115,11 @@ def run(job: Job, model: Lavin, on_progress: Callable[[int, int], None] | None =
     return report
 
 
-def _find_subject(arguments: EvalArguments) -> Subject:
-    given = arguments
-    if not given.run:
-        return subject_of_files(given.recipe, list(given.overrides), given.llama, given.clip, given.adapter, given.data)
-    if given.recipe or given.adapter or given.overrides:
-        raise UserError("--run has its own recipe and adapters: leave --recipe, --adapter and key=value out.")
-    return subject_of_run(given.run, given.llama, given.clip, given.data)
+def _find_subject(given: EvalArguments) -> Subject:
+    if not given.run and not given.data:
+        raise UserError("Give --run RUN; or --data with the questions, and --llama with --recipe, --adapter or both.")
+    overrides = list(given.overrides)
+    return find_subject(given.run, given.recipe, overrides, given.llama, given.clip, given.adapter, given.data)
 
 
 def _default_out(arguments: EvalArguments, recipe: str, partial: bool) -> Path:

@@ -19,7 +19,7 @@ class Check:
 
 
 def refuse(checks: list[Check]) -> None:
-    """Raises UserError if a check failed: its sentence, or a list of them."""
+    """Raises UserError with the sentence of the check that failed, or a list if several did."""
     wrong = [check.found for check in checks if not check.passed]
     if len(wrong) == 1:
         raise UserError(wrong[0])
@@ -28,5 +28,5 @@ def refuse(checks: list[Check]) -> None:
 
 
 def nearest_folder(out: Path) -> Path:
-    """The folder itself, or the one that exists above it."""
+    """The folder itself if it exists, or the nearest one above it."""
     return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())

@@ -20,7 +20,7 @@ from lavin_ds.run import STOP, remove_if_unused
 def all_checks(
     arguments: TrainArguments, ranks: int | None = None, hostfile: Path | None = None, force: bool = False
 ) -> list[Check]:
-    """What `launch` would check, and the memory estimate on any machine."""
+    """What `launch` checks, and disk and memory, also on a machine without a GPU."""
     config, checks = run_checks(arguments, lambda: count_ranks(ranks, hostfile))
     if config:
         checks.insert(1, _device(0 if hostfile else ranks or local_ranks()))
@@ -63,7 +63,7 @@ def launch(
     existed, before = arguments.out.exists(), _identity(arguments.out / "summary.json")
     command = launch_command("train.py", total, hostfile, free_port(), arguments.words())
     code = run_to_the_end(command, arguments.out / STOP if hostfile else None)
-    if code and not existed:  # ranks that were killed could not do it
+    if code and not existed:  # a rank that was killed could not remove it
         remove_if_unused(arguments.out)
     if code == 0 and _identity(arguments.out / "summary.json") == before:
         # DeepSpeed's outer launcher ends with 0 when its inner one is killed.
@@ -71,7 +71,7 @@ def launch(
         return 1
     if code > 192:  # DeepSpeed's launcher ends with minus the signal's number, modulo 256
         name = signal.Signals(256 - code).name
-        guess = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+        guess = ", perhaps by the system because memory ran out" if name == "SIGKILL" else ""
         print(f"error: a rank was ended by {name}{guess}: go on with --resume auto", file=sys.stderr)
     return code
 

@@ -18,7 +18,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.launching.checks import Check, nearest_folder, refuse
 from lavin_ds.launching.resume import check_same_run
-from lavin_ds.run import LOCK, SPLIT, STOP, VALIDATION_SPLIT, check_free
+from lavin_ds.run import CHECKPOINTS, LOCK, SPLIT, STOP, VALIDATION_SPLIT, check_free
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
 from lavin_ds.weights.adapter import check_fits
 from lavin_ds.weights.base import check_vision
@@ -37,9 +37,9 @@ def preflight(arguments: TrainArguments, ranks: int) -> RunConfig:
 
 
 def run_checks(arguments: TrainArguments, count_ranks: Callable[[], int]) -> tuple[RunConfig | None, list[Check]]:
-    """The configuration, None if it cannot be read, and the checks in the order in which to read them.
+    """Returns the configuration, None if it cannot be read, and the checks in the order in which they are shown.
 
-    count_ranks may raise UserError; it is called once the recipe is read, as counting GPUs takes seconds.
+    count_ranks may raise UserError. It is called after the recipe is read, since counting GPUs takes seconds.
     """
     checks: list[Check] = []
 
@@ -142,7 +142,7 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
     if arguments.resume == "auto" and has_run:
         check_same_run(arguments, config)
         return f"{out}: goes on with the run that is there"
-    if any(out.glob("checkpoints/step-*")):
+    if any((out / CHECKPOINTS).glob("step-*")):
         raise UserError(
             f"{out} has checkpoints but no run.json, which says what configuration and data they belong to: put it "
             "back from a copy, or give another --out."

@@ -10,15 +10,17 @@ from pathlib import Path
 
 from lavin_ds.config import RunConfig
 from lavin_ds.devices import OVERHEAD
+from lavin_ds.errors import UserError
 from lavin_ds.launching.checks import Check, nearest_folder
 from lavin_ds.launching.ram import free_ram
 from lavin_ds.machine import gpus
 
 
 def disk_check(out: Path, config: RunConfig) -> Check:
-    """Room for the checkpoints that are kept, the one being written and the best one; and for the adapters, twice.
+    """Room on the disk of --out: for the checkpoints that are kept, the one being written, the best one, and twice the
+    adapters.
 
-    It counts on a model without memory, for which it makes a process that is in no world a world of one.
+    It builds the model without memory to count it. A process without process groups becomes a world of one by that.
     """
     from lavin_ds.models.counting import count_parameters
 
@@ -81,10 +83,16 @@ def free_gpu_memory() -> list[int]:
 
     A process of its own asks, since asking makes a CUDA context that stays on each GPU until the process ends. That
     context, some 0.4 GB, counts as used in the answer.
+
+    Raises:
+        UserError: torch cannot use a GPU, as when its memory is full.
     """
     program = (
         "import json, torch\n"
         "print(json.dumps([torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]))"
     )
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise UserError(f"The free memory of the GPUs cannot be read ({said[0]}): does another process use them?")
     return json.loads(done.stdout)

@@ -1,14 +1,14 @@
-"""CLIP's vision transformer (open_clip) with adapters, and the rows it hands out.
+"""CLIP's vision transformer with adapters, and the rows it hands out. Parameters have open_clip's names.
 
 Dimensions: B images, S = 1 + patches tokens of an image, W vision width, F rows that are handed out for one.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerNorm, ResidualAttentionBlock
-from open_clip.transformer import VisionTransformer as OpenClipVision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,32 +22,17 @@ from lavin_ds.models.llama import default_dtype
 ROWS = {"cls": slice(0, 1), "patches": slice(1, None), "all": slice(None)}  # of the S tokens, by VisionConfig.readout
 
 
-def _clip_layers(config: VisionConfig, storage: Storage) -> OpenClipVision:
-    """open_clip's ViT, uninitialised: neither time nor global random numbers go into values that are loaded anyway.
+class PatchEmbedding(nn.Module):
+    """One row a patch: a convolution whose stride is its width."""
 
-    Its attention and linear layers are replaced by ours.
-    """
-    with default_dtype(storage.dtype), torch.device("meta"):
-        clip = OpenClipVision(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            output_dim=1,  # the projection is not kept
-            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-            norm_layer=LayerNorm,
-        )
-    for module in clip.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
-    for block in clip.transformer.resblocks:
-        block.attn = VisionAttention(config.width, config.heads, storage)
-        for name in ("c_fc", "c_proj"):
-            linear = getattr(block.mlp, name)
-            setattr(block.mlp, name, FrozenLinear(linear.in_features, linear.out_features, storage))
-    return clip
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        # Not a Conv2d, which would draw random numbers first: frozen weights are always loaded.
+        self.weight = nn.Parameter(torch.empty(config.width, 3, config.patch_size, config.patch_size))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, side, side] to [B, W, side / patch, side / patch]."""
+        return F.conv2d(pixels, self.weight, stride=self.weight.shape[-1])
 
 
 class VisionAttention(nn.Module):
@@ -75,13 +60,32 @@ class VisionAttention(nn.Module):
         return self.out_proj(mixed_BHSK.transpose(1, 2).flatten(2))
 
 
+class ClipBlock(nn.Module):
+    """The frozen parts of a block; VisionBlock joins them."""
+
+    def __init__(self, config: VisionConfig, storage: Storage):
+        super().__init__()
+        W, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.ln_1 = nn.LayerNorm(W)
+        self.attn = VisionAttention(W, config.heads, storage)
+        self.ln_2 = nn.LayerNorm(W)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=FrozenLinear(W, hidden, storage),
+                gelu=QuickGELU() if config.quick_gelu else nn.GELU(),
+                c_proj=FrozenLinear(hidden, W, storage),
+            )
+        )
+
+
 class VisionBlock(nn.Module):
     """x += MHA(A(ln_1 x)); x += MLP(A'(ln_2 x)), with A and A' adapters or nothing."""
 
-    def __init__(self, clip: ResidualAttentionBlock, width: int, adapter: AdapterConfig, batch_routed: bool):
+    def __init__(self, config: VisionConfig, storage: Storage, adapter: AdapterConfig, batch_routed: bool):
         super().__init__()
-        self.clip = clip
-        self.adapters = build_adapters(width, adapter)
+        with default_dtype(storage.dtype):
+            self.clip = ClipBlock(config, storage)
+        self.adapters = build_adapters(config.width, adapter)
         self.batch_routed = batch_routed
 
     def adapt(self, place: str, z_BSW: torch.Tensor) -> torch.Tensor:
@@ -122,15 +126,15 @@ class VisionTower(nn.Module):
         self.read_blocks = set(config.readout.blocks(config.layers))
         self.kept_rows = ROWS[config.readout.rows]
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if compat else (CLIP_MEAN, CLIP_STD)
-        clip = _clip_layers(config, storage)
-        self.conv1 = clip.conv1
-        self.class_embedding = clip.class_embedding
-        self.positional_embedding = clip.positional_embedding
-        self.ln_pre = clip.ln_pre
-        self.ln_post = clip.ln_post if config.readout.norm else None
+        with default_dtype(storage.dtype):
+            self.conv1 = PatchEmbedding(config)
+            self.class_embedding = nn.Parameter(torch.empty(config.width))
+            tokens = 1 + (config.image_size // config.patch_size) ** 2
+            self.positional_embedding = nn.Parameter(torch.empty(tokens, config.width))
+            self.ln_pre = nn.LayerNorm(config.width)
+            self.ln_post = nn.LayerNorm(config.width) if config.readout.norm else None
         self.blocks = nn.ModuleList(
-            VisionBlock(block, config.width, adapter or AdapterConfig(), batch_routed=compat)
-            for block in clip.transformer.resblocks
+            VisionBlock(config, storage, adapter or AdapterConfig(), batch_routed=compat) for _ in range(config.depth)
         )
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from lavin_ds.weights.architecture import some
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
 
-if TYPE_CHECKING:  # torch and open_clip take seconds to import, and headers are checked without them
+if TYPE_CHECKING:  # torch takes seconds to import, and headers are checked without it
     import torch
 
     from lavin_ds.models.vision import VisionTower

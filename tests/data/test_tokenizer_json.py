@@ -223,3 +223,14 @@ def test_shards_keep_the_file_and_its_bos_and_eos(made, tmp_path):
     (report.out / "tokenizer.json").write_bytes(tokenizer.path.read_bytes() + b" ")
     with pytest.raises(UserError, match="is not what .* was prepared with"):
         _ = ShardReader(report.out, "train").tokenizer
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_a_real_base_is_that_of_transformers(smollm2):
+    ours, theirs = Tokenizer(smollm2 / "tokenizer.json"), AutoTokenizer.from_pretrained(smollm2)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_token_id, theirs.eos_token_id, 49152)
+    texts = [*NASTY, "three  spaces before 12345 and\n 6 lines"]
+    want = [theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    assert ours.encode_batch(texts) == want
+    assert [ours.decode(ids) for ids in want] == texts
+    assert [ours.piece(i) for i in ours.encode("in 1945")] == ["in", " ", "1", "9", "4", "5"]

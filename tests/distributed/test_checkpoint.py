@@ -26,8 +26,6 @@ from lavin_ds.training.checkpoint import (
     save,
 )
 
-pytestmark = pytest.mark.slow
-
 
 def build(arguments: TrainArguments, stage: int, folder: Path):
     """The engine before its first step, and its trainables."""

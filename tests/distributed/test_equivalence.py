@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
-
 TOLERANCE = 1e-5  # relative, fp32, dropout off
 STAGES = (0, 1, 2, 3)
 # Ranks, tensor parallel, samples a micro-batch. With single-sample micro-batches a rank often has no image while
 # another has one, and the counts of their labels differ.
 LAYOUTS = ((1, 1, 2), (2, 1, 1), (2, 2, 4), (4, 1, 2), (4, 2, 2))
+# One for each stage and each way to split; the others are slow.
+QUICK = (((1, 1, 2), 0), ((2, 2, 4), 1), ((4, 2, 2), 2), ((2, 1, 1), 3))
 GRAD_CLIP = 0.01
 CLIP = f"training.grad_clip={GRAD_CLIP}"  # below the norm of most steps: the update depends on it
 
@@ -46,7 +46,10 @@ def reference(workplace, configs):
     return run
 
 
-@pytest.mark.parametrize(("layout", "stage"), product(LAYOUTS, STAGES))
+@pytest.mark.parametrize(
+    ("layout", "stage"),
+    [pytest.param(*both, marks=() if both in QUICK else pytest.mark.slow) for both in product(LAYOUTS, STAGES)],
+)
 def test_every_layout_and_zero_stage_trains_like_one_rank(workplace, configs, reference, layout, stage):
     ranks, split, micro_batch = layout
     run = workplace.train(
@@ -65,6 +68,7 @@ def test_packed_samples_train_like_padded_ones(workplace, configs, reference):
     assert_same_training(run, reference)
 
 
+@pytest.mark.slow
 def test_ranks_whose_losses_take_different_numbers_of_chunks_do_not_wait_forever(configs):
     script = Path(__file__).with_name("unequal_chunks.py")
     with subprocess.Popen([sys.executable, script, configs[3]], start_new_session=True) as ranks:

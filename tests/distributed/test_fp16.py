@@ -7,8 +7,6 @@ import shutil
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
-
 FP16 = "model.frozen_dtype=fp16"
 
 
@@ -17,7 +15,10 @@ def fp32(workplace):
     return workplace.train("fp32", 1, "deepspeed=zero0")
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [(2, 2), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+)
 def test_losses_and_gradients_are_those_of_an_fp32_base_to_fp16s_precision(workplace, fp32, ranks, stage):
     run = workplace.train(f"fp16-{stage}", ranks, FP16, f"deepspeed=zero{stage}")
     made = torch.tensor([not m["skipped"] for m in run.metrics])
@@ -28,6 +29,7 @@ def test_losses_and_gradients_are_those_of_an_fp32_base_to_fp16s_precision(workp
         torch.testing.assert_close(norms, wanted, rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_scale_and_ends_bit_identical(workplace):
     whole = workplace.train("fp16-whole", 1, FP16, "training.checkpoint_every=15")
     folder = whole.folder.with_name("fp16-resumed")

@@ -17,8 +17,6 @@ from lavin_ds.data.sampler import global_batch_indices
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.training.checkpoint import list_steps
 
-pytestmark = pytest.mark.slow
-
 
 @dataclass(frozen=True)
 class Poison:
@@ -73,7 +71,10 @@ def test_poisoned_steps_are_skipped_counted_and_their_samples_named(poisoned, po
     assert all(torch.isfinite(value).all() for value in poisoned.adapters.values())
 
 
-@pytest.mark.parametrize(("stage", "split"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("stage", "split"),
+    [(2, 2), (3, 1), *(pytest.param(stage, 1, marks=pytest.mark.slow) for stage in (0, 1, 2))],
+)
 def test_every_zero_stage_skips_alike_and_goes_on_alike(workplace, poison, poisoned, tmp_path, stage, split):
     words = overrides(workplace, stage, tmp_path, f"tensor_parallel={split}")
     run = workplace.train(f"poisoned-{stage}-{split}", 2, *words, llama="poisoned")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import in_ranks
@@ -13,8 +12,6 @@ from ranks import in_ranks
 from lavin_ds.config import load_recipe
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.launching.arguments import TrainArguments
-
-pytestmark = pytest.mark.slow
 
 NOISE, INFINITE_STEP = 1e-3, 3  # of the gradients; the step, from 0, in which rank 1's gradients are infinite
 

@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 
 from lavin_ds.training.checkpoint import list_steps, load_newest
 
-pytestmark = pytest.mark.slow
-
 DROPOUT = ("model.llm_adapter.dropout=0.2", "model.vision_adapter.dropout=0.2")
 
 
@@ -66,8 +64,8 @@ def without_dropout(workplace):  # whose numbers belong to a rank
 @pytest.mark.parametrize(
     ("name", "ranks", "words"),
     [
-        ("on-four-ranks", 4, ("training.micro_batch=1",)),
-        ("on-one-rank", 1, ("deepspeed=zero0",)),
+        pytest.param("on-four-ranks", 4, ("training.micro_batch=1",), marks=pytest.mark.slow),
+        pytest.param("on-one-rank", 1, ("deepspeed=zero0",), marks=pytest.mark.slow),
         ("at-stage-3", 2, ("deepspeed=zero3",)),
         ("split", 2, ("tensor_parallel=2", "deepspeed=zero1")),
     ],
@@ -147,6 +145,7 @@ def test_sigterm_saves_and_leaves_no_process_and_the_run_goes_on(workplace, unin
     assert_same_run(workplace.train("stopped", 2, *words, resume="auto"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_signals_to_a_bare_deepspeed_launch_save_too(workplace, without_dropout):
     """It dies of them at once, and the ranks are told by their terminal, or by its end."""
     run = workplace.folder / "runs" / "bare"
@@ -183,6 +182,7 @@ exit $worst
 """
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_run_on_several_nodes_and_leaves_no_process(workplace, tmp_path):
     for name, body in (("pdsh", PDSH), ("ssh", "echo 127.0.0.1")):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
@@ -202,6 +202,7 @@ def test_sigterm_saves_a_run_on_several_nodes_and_leaves_no_process(workplace, t
     assert not (run / ".stop").exists()
 
 
+@pytest.mark.slow
 def test_killed_launchers_and_ranks_leave_nothing_running(workplace):
     """One launch after another in the same folder, each killed at another place."""
     run = workplace.folder / "runs" / "killed"

@@ -24,8 +24,6 @@ from lavin_ds.training.validation import validation_rows
 from lavin_ds.weights.adapter import save_adapter
 from lavin_ds.weights.base import build_model
 
-pytestmark = pytest.mark.slow
-
 DROPOUT = ("model.llm_adapter.dropout=0.2", "model.vision_adapter.dropout=0.2")
 EVERY = ("training.validate_every=6", "training.validation_samples=9")
 
@@ -94,7 +92,11 @@ def test_a_monitor_that_the_deepspeed_file_enables_is_told_everything_by_step(al
 
 @pytest.mark.parametrize(
     ("ranks", "words"),
-    [(1, ("training.packing=true",)), (2, ("tensor_parallel=2",)), (2, ("training.micro_batch=1", "deepspeed=zero3"))],
+    [
+        (2, ("tensor_parallel=2",)),
+        pytest.param(1, ("training.packing=true",), marks=pytest.mark.slow),
+        pytest.param(2, ("training.micro_batch=1", "deepspeed=zero3"), marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_the_same_on_other_ranks(workplace, alone, ranks, words):
     run = workplace.train(f"validated-{ranks}-{words[0]}", ranks, *EVERY, *words)

@@ -12,9 +12,9 @@ from lavin_ds.data.layout import Frame
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet
-from lavin_ds.evaluation.subject import Subject
 from lavin_ds.evaluation.tasks import TASKS, find_task
 from lavin_ds.evaluation.tasks.task import Accuracy, Prediction, Result, Task
+from lavin_ds.generation.subject import Subject
 
 
 class Toy(Task):

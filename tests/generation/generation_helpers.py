@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+import lavin_ds
 from lavin_ds.config import AdapterConfig, LlamaConfig, ModelConfig, VisionConfig
 from lavin_ds.data.collate import prompt_batch
 from lavin_ds.data.layout import Frame
@@ -12,6 +15,7 @@ from lavin_ds.data.shards import Row
 from lavin_ds.generation.request import Answer, Request
 from lavin_ds.models.lavin import Lavin
 
+ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"  # the base that ships
 VOCABULARY = 97
 ADAPTER = AdapterConfig(kind="mm", dim=4, temperature=1.0)
 CONFIG = ModelConfig(
@@ -28,7 +32,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint
 class Letters:
     """Id 30 + n is the n-th letter; 1 and 2 are BOS and EOS. What the engine needs of a tokenizer, and no more."""
 
-    bos_id, eos_id, vocab_size = 1, 2, VOCABULARY
+    bos_id, eos_id, vocab_size, adds_space = 1, 2, VOCABULARY, False
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(character) % 20 for character in text]

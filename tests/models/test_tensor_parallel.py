@@ -109,7 +109,6 @@ def work(folder: Path, stories: Path | None) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_agree_with_one_and_stay_alike(tmp_path, shared, ranks):
     for name in compared(ranks):

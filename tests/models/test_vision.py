@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import open_clip
 import pytest
 import torch
@@ -67,3 +70,12 @@ def test_frozen_attention_projects_all_images_in_one_product():
     with Tracker() as tracker:
         tower(torch.zeros(3, 56, 56, 3, dtype=torch.uint8)).sum().backward()
     assert "bmm" not in {operation.name for operation in tracker.operations}
+
+
+def test_the_model_needs_no_library_of_models():
+    """open_clip and torchvision double the seconds that every rank and every command take to import."""
+    code = (
+        "import sys; import lavin_ds.models.lavin, lavin_ds.weights.base, lavin_ds.evaluation.answer\n"
+        "print({'open_clip', 'torchvision', 'transformers'} & set(sys.modules) or '')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import deepspeed
-import pytest
 import torch
 from model_helpers import VARIANTS, fill, make_batch
 from ranks import in_ranks
@@ -58,7 +57,6 @@ def work(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_every_kind_of_adapter_trains_under_zero_3_as_without(tmp_path):
     # Threshold 0: also parameters as small as these are split, and gathered only while their module runs.
     settings = {"stage": 3, "stage3_param_persistence_threshold": 0}

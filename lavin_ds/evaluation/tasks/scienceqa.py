@@ -24,8 +24,8 @@ from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import Row, ShardReader
 from lavin_ds.errors import UserError
 from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet, random_of
-from lavin_ds.evaluation.subject import Subject
 from lavin_ds.evaluation.tasks.task import Accuracy, Prediction, Result, Task
+from lavin_ds.generation.subject import Subject
 
 LETTERS = string.ascii_uppercase
 ANSWER = re.compile(r"The answer is ([A-Z])\b")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from lavin_ds.evaluation.requests import Answer, Generation, RequestSet
-from lavin_ds.evaluation.subject import Subject
+from lavin_ds.generation.subject import Subject
 
 # What became of a question:
 #   answered  an answer was read in the response, or continuations were scored

@@ -1,4 +1,4 @@
-"""The model that is evaluated: a run, an exported adapter, or a bare base. Found and checked, not loaded."""
+"""The model that is asked: a run, an exported adapter, or a bare base. Found and checked, not loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavin_ds.config import RunConfig, load_recipe
+from lavin_ds.data.schema import load_manifest
+from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 from lavin_ds.run import adapter_file, load_run
 from lavin_ds.weights.adapter import read_record, record_file
@@ -13,13 +15,13 @@ from lavin_ds.weights.adapter import read_record, record_file
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's recipe and files, and the data a task reads: nothing is left open."""
+    """A model's recipe and files. `data`: the shards that a task reads, or that the run was trained on."""
 
     config: RunConfig
     llama: Path
     clip: Path | None
     adapter: Path | None
-    data: Path
+    data: Path | None
 
     @property
     def features_clip_sha256(self) -> str | None:
@@ -57,10 +59,8 @@ def subject_of_files(
     Raises:
         UserError: something is missing, or recipe and adapter contradict each other.
     """
-    if not (recipe or adapter) or not llama or not data:
-        raise UserError(
-            "Give --run RUN, or --llama and --data with --recipe, --adapter or both (and --clip if it sees images)."
-        )
+    if not (recipe or adapter) or not llama:
+        raise UserError("Give --run RUN, or --llama with --recipe, --adapter or both (and --clip if it sees images).")
     if recipe:
         config = load_recipe(recipe, overrides)
     elif not adapter.is_file():
@@ -75,8 +75,45 @@ def subject_of_files(
     if learns and not adapter:
         raise UserError(
             f"Recipe {config.name} has parameters that must be trained: give them with --adapter FILE, or give a "
-            "finished run with --run. A base alone is evaluated by a recipe without vision and adapters."
+            "finished run with --run. A base alone is asked by a recipe without vision and adapters."
         )
     if adapter and not learns:
         raise UserError(f"Recipe {config.name} has no adapters: leave --adapter out or give the adapter's recipe.")
     return Subject(config, llama, clip, adapter, data)
+
+
+def find_subject(
+    run: Path | None,
+    recipe: str | None = None,
+    overrides: list[str] = (),
+    llama: Path | None = None,
+    clip: Path | None = None,
+    adapter: Path | None = None,
+    data: Path | None = None,
+) -> Subject:
+    """What the options of a command name: a run, or the files themselves.
+
+    Raises:
+        UserError: too much or too little is given; or as subject_of_run and subject_of_files.
+    """
+    if not run:
+        return subject_of_files(recipe, list(overrides), llama, clip, adapter, data)
+    if recipe or adapter or overrides:
+        raise UserError("--run has its own recipe and adapters: leave --recipe, --adapter and key=value out.")
+    return subject_of_run(run, llama, clip, data)
+
+
+def find_tokenizer(subject: Subject) -> Tokenizer:
+    """The tokenizer that the adapters were trained with: the shards' copy where these are still there, else the base's.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if subject.data and subject.data.is_dir():
+        entry = load_manifest(subject.data).tokenizer
+        return Tokenizer(subject.data / entry.file, entry.bos, entry.eos)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        for folder in (subject.llama, subject.llama.parent):  # Meta's download has it one folder above
+            if (folder / name).is_file():
+                return Tokenizer(folder / name)
+    raise UserError(f"There is no tokenizer.model or tokenizer.json in {subject.llama}: put the base's there.")
