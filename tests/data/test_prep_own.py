@@ -177,7 +177,7 @@ def test_a_bad_record_is_named_by_file_and_line_or_skipped(tmp_path, tokenizer_f
     assert json.loads((report.out / "rejects.jsonl").read_text())["id"] == "own.jsonl:2"
 
 
-KEYS = "messages conversations role from content value type text image image_url url".split()
+KEYS = ["messages", "conversations", "role", "from", "content", "value", "type", "text", "image", "image_url", "url"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "text", "a/1.jpg", "x" * 300]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
