@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ class Own(Source):
         except Refused:
             return None
         if image:
-            return image if (self.root / image).is_file() else None
+            return image if os.path.isfile(self.root / image) else None
         return json.dumps(listed.raw, sort_keys=True)
 
     def _read_file(self) -> tuple[list[Listed], str]:
@@ -213,7 +214,7 @@ def _message(where: str, message: dict) -> tuple[str, str, list[tuple[str, Any]]
 def _turn(where: str, turn: dict) -> tuple[str, str, list[tuple[str, Any]]]:
     """Role and text of a ShareGPT turn."""
     speaker, text = turn.get("from"), turn.get("value")
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise Refused(f"{where}.from", f"is {_shown(speaker)}: it must be human, gpt or system")
     if not isinstance(text, str):
         raise Refused(f"{where}.value", "is not a text")
@@ -236,6 +237,8 @@ def _path(key: str, address: Any) -> str:
         raise Refused(key, "is a data URL: save the image as a file, and give its path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address):
         raise Refused(key, f"is an address, {_shown(address)}: download the image, and give its path")
+    if "\\" in address:
+        raise Refused(key, f"has backslashes, {_shown(address)}: write / between folders")
     if address.startswith("/"):
         raise Refused(key, f"is an absolute path, {_shown(address)}: give it relative to --images")
     return path_below(key, re.sub(r"^(\./+)+", "", address))

@@ -74,7 +74,7 @@ def path_below(key: str, *parts: str) -> str:
     """
     for part in parts:
         if not part or not all(map(is_plain_name, part.split("/"))):
-            raise Refused(key, f"'{part}' would leave the image folder")
+            raise Refused(key, f"'{part}' is no plain relative path, or would leave the image folder")
     return str(PurePosixPath(*parts))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,25 @@ def lines_of(done: subprocess.CompletedProcess) -> dict[str, list[dict]]:
         if line.keys() != {"section", "seconds"}:
             sections.setdefault(line["section"], []).append(line)
     return sections
+
+
+def test_the_table_of_quantiles_has_the_mean_and_median_that_it_states(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from samples import real_lengths
+
+    lengths = real_lengths(1043)
+    assert abs(statistics.mean(lengths) - 303) < 1 and statistics.median(lengths) == 284 and max(lengths) == 512
+
+
+def test_cases_take_turns_and_each_is_timed_every_time(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")  # the harness sets these for its process
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from harness import interleaved
+
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b", "a", "b"] and [len(all) for all in seconds.values()] == [2, 2]
 
 
 @pytest.mark.slow

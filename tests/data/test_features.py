@@ -8,7 +8,9 @@ import torch
 from data_helpers import record, small_config, write_scienceqa
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from lavin_ds.cli.main import app
 from lavin_ds.config import RunConfig, load_recipe, parse_config
 from lavin_ds.data.collate import collate
 from lavin_ds.data.schema import check_manifest, load_manifest, manifest_sha256
@@ -101,6 +103,13 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks_or_on_being_stopped(shar
     assert {path.name: path.read_bytes() for path in shards.glob("*features-*")} == alone
     assert first.stat().st_mtime_ns == kept
     assert (shards / "manifest.json").read_bytes() == manifest
+
+
+def test_inspect_shows_what_is_cached(shards, clip):
+    cache(shards, clip)
+    shown = CliRunner().invoke(app, ["prep", "inspect", "--data", str(shards)])
+    assert shown.exit_code == 0, shown.output
+    assert "2 x 16 an image, computed in fp32" in shown.stdout
 
 
 def test_adding_features_makes_other_data_only_for_who_reads_them(shards, clip):

@@ -2,17 +2,22 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from data_helpers import small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lavin_ds.config import load_recipe
+from lavin_ds.data.schema import PromptSettings
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.data_prep import pipeline
-from lavin_ds.data_prep.own import Own
+from lavin_ds.data_prep.own import Own, _given_splits
+from lavin_ds.data_prep.records import Listed, Refused
 from lavin_ds.errors import UserError
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -147,6 +152,7 @@ BAD = {
     "file address": ({"messages": asks_about("file:///etc/passwd")}, "is an address"),
     "data URL": ({"messages": asks_about("data:image/png;base64,AA")}, "is a data URL: save the image as a file"),
     "absolute": ({"messages": said("a", "b"), "image": "/etc/passwd"}, "is an absolute path, .* relative to --images"),
+    "backslash": ({"messages": said("a", "b"), "image": "a\\1.jpg"}, "image has backslashes"),
     "leaves": ({"messages": said("a", "b"), "image": "a/../../x.jpg"}, "image .* would leave"),
     "absent": ({"messages": said("a", "b"), "image": "a/3.jpg"}, "a/3.jpg is missing"),
     "no image": ({"messages": said("a", "b"), "image": "own.jsonl"}, "own.jsonl is no image of a format"),
@@ -169,6 +175,32 @@ def test_a_bad_record_is_named_by_file_and_line_or_skipped(tmp_path, tokenizer_f
     report = prepare(file, tokenizer_file, on_error="skip")
     assert report.manifest.splits["train"].rejected == 1
     assert json.loads((report.out / "rejects.jsonl").read_text())["id"] == "own.jsonl:2"
+
+
+KEYS = ["messages", "conversations", "role", "from", "content", "value", "type", "text", "image", "image_url", "url"]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "text", "a/1.jpg", "x" * 300]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(json_values, json_values, json_values)
+def test_whatever_a_record_holds_it_is_read_or_refused(value, other, third):
+    prompt = PromptSettings.of(small_config(prompt_format="conversation"))
+    source = Own(Path("own.jsonl"))
+    for raw in (
+        value,
+        {"messages": value, "image": other, "images": third},
+        {"messages": [{"role": "user", "content": value}, {"role": "assistant", "content": other}], "image": third},
+        {"messages": [{"role": value, "content": [{"type": "image_url", "image_url": other}]}, third]},
+        {"conversations": [{"from": value, "value": other}, third], "split": value},
+    ):
+        listed = Listed("own.jsonl:1", raw)
+        source._group(listed, prompt)
+        _given_splits([listed])
+        with suppress(Refused):
+            source.read(listed, prompt)
 
 
 def test_records_may_name_their_split_and_then_all_must(tmp_path, tokenizer_file):
