@@ -43,7 +43,7 @@ class ParameterCount:
         return self.frozen_bytes["llm"] // tensor_parallel + self.frozen_bytes["vision"]
 
     def loaded_bytes(self, tensor_parallel: int) -> int:
-        """Of a rank's whole model. DeepSpeed moves that to the GPU before ZeRO-3 divides it."""
+        """Of a rank's whole model, which is all on its device before ZeRO-3 divides it."""
         return self.loaded_frozen_bytes(tensor_parallel) + FP32 * self.trainable
 
 

@@ -1,6 +1,6 @@
 """Trained adapters as one file: FILE in safetensors (fp32), and FILE.json that says what they belong to.
 
-The frozen base is not in it: an adapter of LaVIN-7B is 15 MB, and is worth nothing without the base it names.
+The frozen base is not in it: an adapter of LaVIN-7B is 15 MB, and works only with the base that it names.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def base_warning(file: Path, llama: Path, clip: Path | None) -> str | None:
         if trained_on and path and not _same(trained_on, _identify(path)):
             return (
                 f"{file.name} was trained on {trained_on.path}, and {option} {path} has other files: unless they hold "
-                "the same model in another layout, it will not do what it learnt."
+                "the same model in another layout, the adapter will not work as trained."
             )
     return None
 
@@ -112,7 +112,7 @@ def save_adapter(
     clip: Path | None = None,
     features_clip_sha256: str | None = None,
 ) -> AdapterRecord:
-    """Writes FILE and FILE.json, each atomically, FILE last: where it stands, both are whole.
+    """Writes FILE.json and then FILE, each atomically: if FILE exists, both are whole.
 
     tensors: Lavin.trainable(), by name; under ZeRO-3 gathered by the caller.
     llama, clip: the frozen models, which the record identifies by their files' names and sizes; where cached
@@ -211,7 +211,7 @@ def _tell(dtype: str | None, shape: tuple[int, ...] | None) -> str:
 
 
 def _identity(config: RunConfig) -> dict:
-    """What adapters depend on; not how the frozen weights are stored, nor what is drawn in training only."""
+    """What adapters depend on: neither how frozen weights are stored, nor dropout, which only training uses."""
     model = config.model.model_dump(exclude={"frozen_dtype", "vision_source"})
     for adapter in ("llm_adapter", "vision_adapter"):
         del model[adapter]["dropout"]

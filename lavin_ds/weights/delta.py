@@ -1,8 +1,8 @@
 """Vicuna v0 and its like: base plus delta, as a Hugging Face folder.
 
-Such a delta is in Hugging Face's layout, rotary pairs apart, and is made to be added to LLaMA in that layout: to Meta's
-files as they are it would add up to nonsense, with no error. Its vocabulary may have grown (v0: 32000 to 32001 by a
-[PAD]); the base has nothing there, so those rows of the embedding and the output are the delta's own.
+Such a delta must be added to LLaMA in Hugging Face's layout, which orders rotary features differently from Meta's: the
+sum with Meta's files as they are is nonsense, without an error. The delta's vocabulary may be larger (v0: 32001 instead
+of 32000, for [PAD]). The base has no such rows, so those rows of the embedding and the output are the delta's own.
 
 Works on one tensor at a time: memory is one file's worth (FILE_BYTES) and a tensor.
 """
@@ -25,7 +25,7 @@ from lavin_ds.weights.tensor_files import save_tensors
 
 FILE_BYTES = 1_000_000_000
 GROWING = ("tok_embeddings.weight", "output.weight")  # with the vocabulary
-# What travels with the weights, from the delta, or else from the base.
+# Files copied beside the weights: the delta's, or else the base's.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,7 +45,7 @@ class Merged:
     files: int
     bytes: int
     vocab_size: int
-    added_rows: int  # of the vocabulary, which the base has not; left out if so asked
+    added_rows: int  # of the vocabulary, which the base does not have; not written with drop_added_rows
 
 
 def merge_delta(
@@ -57,8 +57,8 @@ def merge_delta(
 ) -> Merged:
     """Writes `base` (Meta's or Hugging Face's layout) plus `delta` (Hugging Face's) to the new folder `out`.
 
-    Sums are in the delta's dtype. The folder appears under its name when it is whole.
-    drop_added_rows: leave out the rows of tokens that the base has not.
+    Sums are in the delta's dtype. The folder gets its name when it is complete.
+    drop_added_rows: leave out the rows of tokens that the base does not have.
     on_progress(done, total) is called after every tensor.
 
     Raises:

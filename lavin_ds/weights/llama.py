@@ -4,8 +4,8 @@
     Hugging Face  config.json   model*.safetensors or pytorch_model*.bin     whole tensors, rotary pairs apart
 
 Names here are Meta's, which are also the model's. Opening a folder reads only JSON and tensor headers; loading
-goes tensor by tensor, and a tensor-parallel rank touches only the bytes of its own slice. What loads imports torch and
-the model, which takes seconds; what opens and compares does without.
+goes tensor by tensor, and a tensor-parallel rank reads only the bytes of its own slice. Opening and comparing needs
+neither torch nor the model, which take seconds to import.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MetaLlama:
         files = sorted(path.glob("consolidated.*.pth"))
         numbers = [file.name.split(".")[1] for file in files]
         if numbers != [f"{i:02d}" for i in range(len(files))]:
-            raise UserError(f"{path} holds shards {', '.join(numbers)}: one is missing or too many.")
+            raise UserError(f"{path} holds shards {', '.join(numbers)}: a shard is missing, or there is one too many.")
         self.shards = [TorchFile(file, key="model") for file in files]
         self.shapes = self.shards[0].shapes
         for shard in self.shards[1:]:
@@ -186,8 +186,8 @@ class HuggingFaceLlama:
         source = file.tensor(theirs)
         wanted = source[part]
         if name.endswith(self.ROTATED):
-            # Hugging Face keeps a head's even features before its odd ones, Meta as neighbours. A rank holds whole
-            # heads, so every slice can be put back by itself.
+            # Hugging Face stores a head's even features before its odd ones; Meta stores them as neighbours. A rank
+            # holds whole heads, so each slice can be rearranged by itself.
             wanted = wanted.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
             target = target.view(-1, head_dim // 2, 2, target.shape[1])
         copy_in_bands(target, wanted)

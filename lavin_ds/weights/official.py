@@ -14,9 +14,9 @@ and an argparse.Namespace are unpickled. Their adapters want `compat: lavin-offi
     adapter_proj.conv_A.*, adapter_proj.conv_B.*                    neck.down_*, neck.up_*
     adapter_modality_embedding.weight                               modality.weight
 
-adapter_mlp is there with their adapter_type block in the LLM, and visual_adapter_type router_block in the ViT. Their
-generation routes an adapter_mlp of the LLM by another hidden state than their training (reference.md, section 4): that
-is not reproduced.
+adapter_mlp exists with their adapter_type block in the LLM, and visual_adapter_type router_block in the ViT. Their
+generation routes an adapter_mlp of the LLM by a different hidden state than their training does (reference.md,
+section 4). That is not reproduced.
 """
 
 from __future__ import annotations

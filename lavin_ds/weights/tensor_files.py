@@ -1,9 +1,9 @@
 """Files of named tensors, opened without reading them: .safetensors, and torch's zip files (.pth, .pt, .bin).
 
-Tensors come out as views of the mapped file: a byte is read when it is touched, so a slice costs only itself.
-Nothing in a file is executed: torch files are unpickled by torch's `weights_only` reader.
+Tensors are views of the mapped file: a byte is read when it is used, so a slice costs only itself. Nothing in a file is
+executed: torch's `weights_only` reader unpickles torch files.
 
-torch, which takes seconds to import, is imported where tensors are: names and shapes of .safetensors need none.
+Names and shapes of .safetensors are read without torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BAND_BYTES = 1 << 24
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file with the permissions of any other new file, and flushes it to disk.
 
-    Left to itself, safetensors lets nobody but the owner read what it wrote.
+    safetensors itself lets only the owner read the file.
     """
     from safetensors.torch import save_file
 
@@ -77,7 +77,7 @@ class SafetensorsFile:
         return self._file.get_slice(name)[...]
 
     def release(self, tensor: torch.Tensor) -> None:
-        _release(tensor)
+        give_back_pages(tensor)
 
 
 class TorchFile:
@@ -104,11 +104,11 @@ class TorchFile:
         return self._tensors[name]
 
     def release(self, tensor: torch.Tensor) -> None:
-        _release(tensor)
+        give_back_pages(tensor)
 
 
 def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
-    """torch.load, mapped and without executing anything; `allowed_globals` are classes it may build besides."""
+    """torch.load, mapped and without executing anything. It may also build instances of `allowed_globals`."""
     import torch
 
     if path.is_file() and not zipfile.is_zipfile(path):
@@ -131,7 +131,7 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
 
 
 def _stand_in(path: Path) -> str | None:
-    """What a file that holds no tensors seems to be, and what to do; None if there is no telling."""
+    """What a file that holds no tensors seems to be, and what to do about it; None if it is nothing known."""
     with path.open("rb") as file:
         start = file.read(40)
     if not start:
@@ -177,10 +177,10 @@ def copy_in_bands(target: torch.Tensor, source: torch.Tensor) -> None:
         into.copy_(band)
 
 
-def _release(tensor: torch.Tensor) -> None:
-    """Gives back the resident pages of a mapped tensor; they are read again if it is touched again.
+def give_back_pages(tensor: torch.Tensor) -> None:
+    """Gives back the resident pages of a mapped tensor; they are read again if it is used again.
 
-    Without this the whole file would count as this process's memory beside the copy made from it.
+    Without this, the whole file would count as this process's memory, beside the copy made from it.
     """
     if sys.platform != "linux":
         return
