@@ -7,7 +7,8 @@ from the ViT, W vision width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class Batch:
     An image that several samples show is there once, as pixels or as cached features. `visual_start` is the index of
     the first visual token within every sample with an image; None if no sample has one. `packed` has the length of
     every sample, and ids and labels then are [1, T]; None: one row a sample.
+
+    The indices that the model needs are worked out here, where the batch is made: of values on a GPU, the host would
+    have to wait for them in every micro-batch.
     """
 
     ids_BT: torch.Tensor  # int64
@@ -36,12 +40,39 @@ class Batch:
     row_ids: list[str]
     features_NFW: torch.Tensor | None = None  # float32
     packed: tuple[int, ...] | None = None
+    # Of all B * T tokens of ids_BT: each sample's first; each one's sample; each one's place in its sample.
+    first_B: torch.Tensor = field(init=False)
+    sample_N: torch.Tensor = field(init=False)
+    place_N: torch.Tensor = field(init=False)
+    # I samples with an image: which these are, and each one's first visual token among the B * T.
+    illustrated_I: torch.Tensor = field(init=False)
+    visual_I: torch.Tensor = field(init=False)
+    # The tokens that predict a label, among the B * T, and the labels.
+    predicting_L: torch.Tensor = field(init=False)
+    target_L: torch.Tensor = field(init=False)
 
-    def first_B(self) -> torch.Tensor:
-        """Index of every sample's first token among all B * T of ids_BT; int64 [B]."""
+    def __post_init__(self):
+        B, T, device = len(self.image_B), self.ids_BT.shape[1], self.ids_BT.device
         if self.packed:
-            return self.lengths_B.cumsum(0) - self.lengths_B
-        return torch.arange(len(self.image_B), device=self.image_B.device) * self.ids_BT.shape[1]
+            first_B = self.lengths_B.cumsum(0) - self.lengths_B
+            sample_N = torch.arange(B, device=device).repeat_interleave(self.lengths_B, output_size=T)
+        else:
+            first_B = torch.arange(B, device=device) * T
+            sample_N = torch.arange(B, device=device).repeat_interleave(T)
+        illustrated_I = (self.image_B >= 0).nonzero().flatten()
+        # Position i - 1 predicts token i. A sample's first token has no label, so no sample predicts another's.
+        row_L, before_L = (self.labels_BT[:, 1:] != IGNORE).nonzero().unbind(1)
+        derived = {
+            "first_B": first_B,
+            "sample_N": sample_N,
+            "place_N": torch.arange(len(sample_N), device=device) - first_B[sample_N],
+            "illustrated_I": illustrated_I,
+            "visual_I": first_B[illustrated_I] + (self.visual_start or 0),
+            "predicting_L": row_L * T + before_L,
+            "target_L": self.labels_BT[row_L, before_L + 1],
+        }
+        for name, tensor in derived.items():
+            object.__setattr__(self, name, tensor)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; does not wait for the copy."""
@@ -52,8 +83,11 @@ class Batch:
         return self._with_tensors(torch.Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        changed = copy(self)  # not made anew: that would work out the indices again, and on the device
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                object.__setattr__(changed, name, change(value))
+        return changed
 
 
 def collate(

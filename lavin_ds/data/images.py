@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,5 +99,7 @@ def normalise(
     import torch  # not at the top: prep and its workers need no torch
 
     x_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32).div(255)
-    channels = [torch.tensor(v, dtype=torch.float32, device=x_NCHW.device).view(3, 1, 1) for v in (mean, std)]
+    # Filled on the device: a list copied to a GPU would make the host wait.
+    fill = partial(torch.full, (1, 1, 1), dtype=torch.float32, device=x_NCHW.device)
+    channels = [torch.cat([fill(fill_value=value) for value in three]) for three in (mean, std)]
     return x_NCHW.sub(channels[0]).div(channels[1])

@@ -52,11 +52,12 @@ class Reads:
         """Each slot is named once, and has room for what is read."""
         self.cache, self.slots, self.lengths = cache, tuple(slots), tuple(lengths)
         self.held = tuple(cache.lengths[slot] for slot in slots)
-        slot_N = np.repeat(self.slots, self.lengths)
+        slot_N, sequence_N = np.repeat([self.slots, range(len(self.slots))], self.lengths, axis=1)
         index_N = np.concatenate([np.arange(h, h + n) for h, n in zip(self.held, self.lengths, strict=True)])
         device = cache.keys[0].device
-        # slot_N: each token's slot; index_N: its place there.
-        self.slot_N, self.index_N = torch.from_numpy(np.stack([slot_N, index_N])).to(device, non_blocking=True)
+        # Each token's slot, its place there, and its sequence's place in `slots`.
+        stacked = torch.from_numpy(np.stack([slot_N, index_N, sequence_N]))
+        self.slot_N, self.index_N, self.sequence_N = stacked.to(device, non_blocking=True)
 
     def attend(self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
         """Appends a layer's keys and values, and lets each token attend to its sequence up to itself; [N, H, K].

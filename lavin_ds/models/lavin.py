@@ -1,6 +1,6 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
 
-Dimensions: B samples, T tokens, D model width, P visual tokens, F rows that the ViT hands out
+Dimensions: B samples, I of them with an image, T tokens, D model width, P visual tokens, F rows that the ViT hands out
 for an image, V vocabulary. Of a packed batch, ids and hidden states
 are [1, T] and [1, T, D] with all samples in the one row; what says _B still has an entry a sample.
 """
@@ -14,7 +14,6 @@ from torch import nn
 
 from lavin_ds.config import Checkpointing, ModelConfig, recomputed_layers
 from lavin_ds.data.collate import Batch
-from lavin_ds.data.layout import IGNORE
 from lavin_ds.models.adapters import KINDS
 from lavin_ds.models.adapters.modality import ModalityEmbedding
 from lavin_ds.models.cache import Reads
@@ -74,24 +73,23 @@ class Lavin(nn.Module):
         x_BTD = self.llm.embed(batch.ids_BT)
         if self.neck is None:
             return x_BTD, torch.zeros_like(batch.image_B)
-        has_image_B = batch.image_B >= 0
         # A batch without images goes through here too, with no rows: on every rank every trainable module
         # takes part in every step, or ZeRO's collectives would wait for it for ever.
-        visual_BPD = self.neck(self._features(batch, has_image_B)).to(x_BTD.dtype)
-        slot_P = (batch.visual_start or 0) + torch.arange(visual_BPD.shape[1], device=x_BTD.device)
-        slot_BP = batch.first_B()[has_image_B][:, None] + slot_P
+        visual_IPD = self.neck(self._features(batch)).to(x_BTD.dtype)
+        slot_IP = batch.visual_I[:, None] + torch.arange(visual_IPD.shape[1], device=x_BTD.device)
         x_ND = x_BTD.flatten(0, 1).clone()
-        x_ND[slot_BP] = visual_BPD
-        return x_ND.view_as(x_BTD), has_image_B.long()
+        x_ND[slot_IP] = visual_IPD
+        return x_ND.view_as(x_BTD), (batch.image_B >= 0).long()
 
-    def _features(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
-        """The ViT's rows of every sample with an image, [samples with an image, F, vision width]."""
+    def _features(self, batch: Batch) -> torch.Tensor:
+        """The ViT's rows of every sample with an image, [I, F, vision width]."""
+        image_I = batch.image_B[batch.illustrated_I]
         if self.vision is None:
             features_NFW = batch.features_NFW
             if features_NFW is None:
                 shape = (0, self.config.vision.rows, self.config.vision.width)
                 features_NFW = torch.empty(shape, device=batch.ids_BT.device)
-            return features_NFW[batch.image_B[has_image_B]]
+            return features_NFW[image_I]
         images = batch.images_NHWC
         if images is None:
             size = self.config.vision.image_size
@@ -99,15 +97,18 @@ class Lavin(nn.Module):
         if self.batch_routed_vision:
             # The authors send a zero image of every text-only sample through the ViT, where it may route others.
             pixels = self.vision.pixels(images)
-            everyone = pixels.new_zeros(len(has_image_B), *pixels.shape[1:])
-            everyone[has_image_B] = pixels[batch.image_B[has_image_B]]
-            return self.vision(everyone)[has_image_B]
-        return self.vision(images)[batch.image_B[has_image_B]]
+            everyone = pixels.new_zeros(len(batch.image_B), *pixels.shape[1:])
+            everyone[batch.illustrated_I] = pixels[image_I]
+            return self.vision(everyone)[batch.illustrated_I]
+        return self.vision(images)[image_I]
 
     def hidden(self, batch: Batch, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
-        return self._through_llm(x_BTD, modality_B, positions=positions, packed=batch.packed)
+        if batch.packed:
+            how = {"packed": batch.packed, "sample_N": batch.sample_N, "place_N": batch.place_N}
+            return self._through_llm(x_BTD, modality_B, positions=positions, **how)
+        return self._through_llm(x_BTD, modality_B, positions=positions)
 
     def _through_llm(self, x_BTD, modality_B, **how):
         modality_MD = self.modality() if self.modality is not None else None
@@ -120,14 +121,12 @@ class Lavin(nn.Module):
 
         With probe_B, an index among all B * T of ids_BT a sample, also the logits [B, V] that predict those tokens.
         """
-        h_BTD = self.hidden(batch)
-        # Position i - 1 predicts token i. A packed sample's first token has no label: no sample predicts another's.
-        labelled_BT = batch.labels_BT[:, 1:] != IGNORE
-        target_N = batch.labels_BT[:, 1:][labelled_BT]
-        loss_sum, labels = self.llm.token_loss(h_BTD[:, :-1][labelled_BT], target_N), len(target_N)
+        h_ND = self.hidden(batch).flatten(0, 1)
+        loss_sum = self.llm.token_loss(h_ND.index_select(0, batch.predicting_L), batch.target_L)
+        labels = len(batch.target_L)
         if probe_B is None:
             return loss_sum, labels
-        return loss_sum, labels, self.llm.logits(h_BTD.flatten(0, 1)[probe_B - 1])
+        return loss_sum, labels, self.llm.logits(h_ND[probe_B - 1])
 
     @property
     def sees(self) -> bool:

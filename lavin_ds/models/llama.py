@@ -22,6 +22,7 @@ from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entro
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
     scatter_to_model_parallel_region,
 )
 from torch import nn
@@ -202,6 +203,19 @@ class Block(nn.Module):
         return x_ND + y_ND
 
 
+class Embedding(VocabParallelEmbedding):
+    """Token embeddings; a tensor-parallel rank holds a part of the vocabulary.
+
+    fairscale's own forward sets rows by boolean masks, for which a GPU would have to wait.
+    """
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., D], whole on every rank."""
+        elsewhere = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
+        own = F.embedding((ids - self.vocab_start_index).masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_model_parallel_region(own.masked_fill(elsewhere[..., None], 0))
+
+
 class _TokenLoss(torch.autograd.Function):
     """Each chunk's gradient is made while its logits exist: they are neither kept for backward nor made again."""
 
@@ -265,7 +279,7 @@ class Llama(nn.Module):
         # The first ones: they are recomputed last, when what the others kept is already released.
         self.recomputed_layers = recomputed_layers
         with default_dtype(storage.dtype):
-            self.tok_embeddings = VocabParallelEmbedding(config.vocab_size, config.dim, init_method=leave_uninitialised)
+            self.tok_embeddings = Embedding(config.vocab_size, config.dim, init_method=leave_uninitialised)
             self.layers = nn.ModuleList(
                 Block(config, adapter or AdapterConfig(), storage) for _ in range(config.n_layers)
             )
@@ -282,33 +296,32 @@ class Llama(nn.Module):
         modality_B: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         packed: tuple[int, ...] | None = None,
+        sample_N: torch.Tensor | None = None,
+        place_N: torch.Tensor | None = None,
         reads: Reads | None = None,
     ) -> torch.Tensor:
         """Embedded tokens to normed hidden states, both [B, T, D].
 
         modality_MD: the modality tokens, and modality_B which of them each sample carries; None for neither.
         positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0, in every sample.
-        packed: lengths of the samples that lie end to end in one row (B = 1); modality_B then has an entry for each.
+        packed: lengths of the samples that lie end to end in one row (B = 1); modality_B then has an entry for each,
+        and sample_N and place_N say which sample each token belongs to, and its place there.
         reads: the tokens of a row that go on from what the slots of a cache hold, and are appended there.
         """
         B, T, D = x_BTD.shape
         M = 0 if modality_MD is None else len(modality_MD)
         if reads:
-            packed = reads.lengths
+            packed, sample_N, place_N = reads.lengths, reads.sequence_N, reads.index_N
         if positions is None:
-            if reads:
-                index = reads.index_N
-            else:
-                index = torch.cat([torch.arange(length, device=x_BTD.device) for length in packed or (T,)])
-            positions = index + (1 if M else 0)
+            positions = (torch.arange(T, device=x_BTD.device) if place_N is None else place_N) + (1 if M else 0)
         turns = rotary_turns(positions, self.config)
         x_ND = x_BTD.reshape(B * T, D)
         owner_N = None
         if M:
             x_ND = torch.cat([modality_MD.to(x_ND.dtype), x_ND])
             itself_M = torch.arange(M, device=x_ND.device)
-            length_B = torch.tensor(packed, device=x_ND.device) if packed else T
-            owner_N = torch.cat([itself_M, modality_B.repeat_interleave(length_B, output_size=B * T)])
+            of_samples_N = modality_B.repeat_interleave(T) if sample_N is None else modality_B[sample_N]
+            owner_N = torch.cat([itself_M, of_samples_N])
         rows = Rows(M, B, T, packed, owner_N, reads)
         for index, block in enumerate(self.layers):
             if index < self.recomputed_layers and torch.is_grad_enabled():

@@ -109,10 +109,10 @@ def simulate(config: RunConfig, workload: Workload, gpus: int = 1, make: Callabl
         batch = make_batch(config.model, workload, config.training.packing)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             make_fake(model)
-            for name in ("images_NHWC", "features_NFW"):
-                if getattr(batch, name) is not None:
-                    batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
             with ConcreteIndices(mode):
+                for name in ("images_NHWC", "features_NFW"):
+                    if getattr(batch, name) is not None:
+                        batch = replace(batch, **{name: mode.from_tensor(getattr(batch, name))})
                 tracker = trace_step(model, batch, plan)
     ranks = gpus // config.tensor_parallel
     accumulates = micro_batches(config.training.global_batch, ranks, config.training.micro_batch) > 1

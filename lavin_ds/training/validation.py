@@ -121,7 +121,7 @@ class _AnswerToken:
     def position(self, batch: Batch) -> torch.Tensor:
         """Index of each sample's letter in the flattened ids_BT; [B]."""
         is_label_N = batch.labels_BT.flatten() != IGNORE
-        first_B = [int(is_label_N[start:].int().argmax()) + start for start in batch.first_B().tolist()]
+        first_B = [int(is_label_N[start:].int().argmax()) + start for start in batch.first_B.tolist()]
         last = is_label_N.numel() - 1
         return torch.tensor([min(i + self.offset, last) for i in first_B], device=is_label_N.device)
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_every_trainable_parameter_has_a_gradient_whatever_is_in_the_batch(model
 
 def test_a_batch_without_labels_has_loss_zero_and_gradients_zero(model, make_batch):
     batch = make_batch([(11, 0)])
-    batch.labels_BT.fill_(IGNORE)
+    batch = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE))
     total, count = model(batch)
     total.backward()
     assert (total.item(), count) == (0.0, 0)
@@ -175,7 +176,7 @@ def test_cached_decoding_gives_the_uncached_logits(variant, make_batch):
     for b, length in enumerate(batch.lengths_B.tolist()):
         row = make_batch([[(11, 0), (17, -1), (9, 1)][b]])
         whole = torch.cat([row.ids_BT, torch.stack(ids)[:, b][None]], dim=1)
-        row = type(row)(**{**vars(row), "ids_BT": whole, "labels_BT": torch.full_like(whole, IGNORE)})
+        row = replace(row, ids_BT=whole, labels_BT=torch.full_like(whole, IGNORE))
         want = model.llm.logits(model.hidden(row))[0, length - 1 : length - 1 + steps]
         torch.testing.assert_close(torch.stack(decoded)[:, b], want, rtol=1e-4, atol=1e-4)
 

@@ -43,7 +43,7 @@ def test_every_rank_loads_its_slice_and_the_slices_make_up_the_model(tmp_path, m
 
     from lavin_ds import parallel
 
-    split = {"FrozenColumnLinear": 0, "Output": 0, "VocabParallelEmbedding": 0, "FrozenRowLinear": 1}
+    split = {"FrozenColumnLinear": 0, "Output": 0, "Embedding": 0, "FrozenRowLinear": 1}
     parts = []
     for rank in range(ranks):
         for module in (layers, parallel):

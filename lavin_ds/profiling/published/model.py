@@ -95,18 +95,19 @@ class PublishedLavin(Lavin):
         loss = F.cross_entropy(logits_NV.float(), target_N, ignore_index=IGNORE, reduction="sum")
         return loss, int((target_N != IGNORE).sum())
 
-    def _features(self, batch: Batch, has_image_B: torch.Tensor) -> torch.Tensor:
-        """Rows of the ViT [samples with an image, F, W]; the embedding of a batch asks for them."""
+    def _features(self, batch: Batch) -> torch.Tensor:
+        """Rows of the ViT [I, F, W] of the I samples with an image; the embedding of a batch asks for them."""
         size = self.config.vision.image_size
         images = batch.images_NHWC
         if images is None:
             images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=batch.ids_BT.device)
         pixels = self.vision.pixels(images)
+        image_I = batch.image_B[batch.illustrated_I]
         if not self.options.zero_images:
-            return self._vision(pixels)[batch.image_B[has_image_B]]
-        everyone = pixels.new_zeros(len(has_image_B), *pixels.shape[1:])
-        everyone[has_image_B] = pixels[batch.image_B[has_image_B]]
-        return self._vision(everyone)[has_image_B]
+            return self._vision(pixels)[image_I]
+        everyone = pixels.new_zeros(len(batch.image_B), *pixels.shape[1:])
+        everyone[batch.illustrated_I] = pixels[image_I]
+        return self._vision(everyone)[batch.illustrated_I]
 
     def _vision(self, pixels: torch.Tensor) -> torch.Tensor:
         """Rows [B, F, W], as VisionTower hands them out."""
