@@ -4,7 +4,7 @@
     python benchmarks/cost_model.py seconds --out DIR    # measures time: about 4 minutes
     python benchmarks/cost_model.py compare --out DIR [--json]
 
-30 configurations are judged and 5 others give the rates that turn operators into seconds (profiling/calibrate.py).
+30 configurations are judged and 5 others give the rates that turn operators into seconds (profiling/calibration.py).
 They differ in width, depth, length, batch, activation checkpointing, ZeRO stage, ranks, tensor parallelism, dtype and
 vision. Every measurement is a training step of the DeepSpeed engine, in processes of one thread each.
 
@@ -149,7 +149,7 @@ Only = Annotated[int | None, typer.Option(help="Only the first so many configura
 @app.command()
 def memory(out: Out, only: Only = None) -> None:
     """Measures the memory of every configuration; goes on where it was stopped."""
-    from lavin_ds.profiling.measure import measure_allocated, measure_resident
+    from memory_use import measure_allocated, measure_resident
 
     restart_with(MALLOC_THAT_RETURNS)
     kinds = {"allocated": measure_allocated, "resident": measure_resident}
@@ -184,7 +184,7 @@ def _in_processes(case: Case, folder: Path, work: Callable) -> Any:
 
 
 def _workload(case: Case):
-    from lavin_ds.profiling.memory import Workload
+    from lavin_ds.profiling.workload import Workload
 
     return Workload(case.samples, case.length, case.images, case.labelled)
 
@@ -192,8 +192,8 @@ def _workload(case: Case):
 @app.command()
 def compare(out: Out, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Simulates every measured configuration and sets it beside the measurements."""
-    from lavin_ds.profiling.calibrate import fit_rates, seconds_at
-    from lavin_ds.profiling.memory import simulate
+    from lavin_ds.profiling.calibration import fit_rates, seconds_at
+    from lavin_ds.profiling.simulation import simulate
 
     measured = {kind: json.loads((out / f"{kind}.json").read_text()) for kind in ("memory", "seconds")}
     began = time.perf_counter()

@@ -51,10 +51,11 @@ from lavin_ds.generation.engine import Engine
 from lavin_ds.generation.request import Request
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.meta import build_on_meta
-from lavin_ds.profiling.calibrate import roofline_seconds
-from lavin_ds.profiling.memory import Workload, make_batch, simulate, summarise, trace_step, worst_case
-from lavin_ds.profiling.published import PublishedLavin, PublishedOptions, published_model
-from lavin_ds.profiling.time import DEFAULT_EFFICIENCY
+from lavin_ds.profiling.calibration import roofline_seconds
+from lavin_ds.profiling.published.model import PublishedLavin, PublishedOptions, published_model
+from lavin_ds.profiling.simulation import simulate, summarise, trace_step
+from lavin_ds.profiling.step_time import DEFAULT_EFFICIENCY
+from lavin_ds.profiling.workload import Workload, make_batch, worst_case
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -43,7 +43,7 @@ from lavin_ds.data.schema import (
 )
 from lavin_ds.data.shards import ROW_BATCH, ShardReader, write_shard
 from lavin_ds.files import write_json
-from lavin_ds.profiling.time import scienceqa
+from lavin_ds.profiling.training_set import scienceqa
 
 GLOBAL_BATCH, MICRO_BATCH, MAX_LENGTH, STEPS = 32, 4, 512, 300
 RANKS = (1, 2, 8)

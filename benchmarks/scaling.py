@@ -33,7 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lavin_ds.config import RunConfig, load_recipe
 from lavin_ds.profiling.measure import build, in_fresh_processes, measure_seconds, step
-from lavin_ds.profiling.memory import COMPONENTS, Workload, simulate
+from lavin_ds.profiling.simulation import COMPONENTS, simulate
+from lavin_ds.profiling.workload import Workload
 
 MIDDLE = Workload(samples=4, length=256, image_fraction=0.5, labelled_fraction=0.7)
 LAYERS = 4

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
+from memory_use import highest_allocation
 from rich.console import Console
 from rich.table import Table
 from samples import FRAME, IMAGE_FRACTION, MICRO_BATCH, make_samples, real_lengths
@@ -46,8 +47,7 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.data.sampler import assign
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
-from lavin_ds.profiling.measure import highest_allocation
-from lavin_ds.profiling.published import SAVINGS, PublishedLavin, PublishedOptions
+from lavin_ds.profiling.published.model import SAVINGS, PublishedLavin, PublishedOptions
 
 FASTER, LESS_MEMORY = 2.0, 0.4  # the claim, at real lengths
 LONGEST = 512

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +14,21 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from lavin_ds.cli import console
-from lavin_ds.config import RunConfig, load_recipe
-from lavin_ds.data.schema import check_manifest, load_manifest
-from lavin_ds.devices import DEVICES
+from lavin_ds.config import load_recipe
+from lavin_ds.devices import DEVICES, Device, custom_device, parse_bytes
 from lavin_ds.errors import UserError
-from lavin_ds.run import RunRecord, load_run
 
-if TYPE_CHECKING:  # they import torch, which --help need not wait for
+if TYPE_CHECKING:  # these import torch, which --help should not wait for
     from lavin_ds.models.counting import ParameterCount
-    from lavin_ds.profiling.report import Report
+    from lavin_ds.profiling.fit import Fit
+    from lavin_ds.profiling.report import Report, Request
 
 MARK_STYLES = {"quoted": "dim", "exact": "green", "simulated": "cyan", "extrapolated": "yellow", "measured": "bold"}
 HEADINGS = {"trainable": "#T-Params", "memory": "Memory", "time": "Time", "storage": "#Storage"}
 
 
 class OverridesGroup(TyperGroup):
-    """Lets `key=value` stand bare beside a subcommand, which a group cannot take as arguments itself."""
+    """Accepts `key=value` beside subcommands; a Typer group has no arguments of its own."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         takes_value = {o for p in self.params if not getattr(p, "is_flag", False) for o in p.opts}
@@ -44,7 +42,6 @@ class OverridesGroup(TyperGroup):
         return super().parse_args(ctx, written)
 
 
-EFFICIENCY = 0.4  # assumed, not measured
 DEFAULT_DEVICE = "a100-80g"
 
 app = typer.Typer(
@@ -78,7 +75,7 @@ def profile(
     data: Annotated[Path | None, typer.Option(help="Shards whose lengths to use; default: ScienceQA's.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples; default: the recipe's.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Positions that memory is for; default: max.")] = None,
-    efficiency: Annotated[float, typer.Option(help="Assumed share of the device's peak rates.")] = EFFICIENCY,
+    efficiency: Annotated[float, typer.Option(help="Assumed share of the device's peak rates.")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
     as_published: Annotated[bool, typer.Option(help="The authors' way too, and what each saving takes off.")] = False,
     fit: Annotated[str | None, typer.Option(help="The fastest setting for a card of 24GiB, and its command.")] = None,
@@ -90,37 +87,54 @@ def profile(
 ) -> None:
     if ctx.invoked_subcommand:
         return
-    from lavin_ds.devices import parse_bytes
-
-    files = {"--plot": plot, "--timeline": timeline, "--html": html}
     if fit:
-        given = {
-            "--run": run,
-            "--micro-batch": micro_batch,
-            "--length": length,
-            "--as-published": as_published,
-            **files,
-        }
-        if unused := [option for option, value in given.items() if value]:
-            raise UserError(f"--fit searches a recipe and prints a command: it has no use for {', '.join(unused)}.")
-    _check_files(files)
-    record = load_run(run) if run else None
-    config = _config(recipe, record, overrides or [], micro_batch)
-    training_set = _training_set(config, record, data)
+        unused = {"--run": run, "--micro-batch": micro_batch, "--length": length, "--as-published": as_published}
+        unused |= {"--plot": plot, "--timeline": timeline, "--html": html}
+        if given := [option for option, value in unused.items() if value]:
+            raise UserError(f"--fit searches a recipe and prints a command: it has no use for {', '.join(given)}.")
+    _check_files({"--plot": plot, "--timeline": timeline, "--html": html})
+    overrides = overrides or []
+    if recipe is None and run is None:
+        raise UserError("Give --recipe NAME or --run RUN; both: the recipe, as fast as the run was.")
+    if recipe is None and (overrides or micro_batch):
+        raise UserError("A finished run's recipe cannot be changed: give --recipe with the changes too.")
+    limit = parse_bytes(fit) if fit else None
+    changes = [*overrides, f"training.micro_batch={micro_batch}"] if micro_batch else overrides
+    config = load_recipe(recipe, changes) if recipe else None
+    from lavin_ds.profiling.finished_run import load_finished_run
+    from lavin_ds.profiling.report import Request, make_report
+    from lavin_ds.profiling.training_set import find_training_set
+
+    finished = load_finished_run(run) if run else None
+    record = finished and finished.record
+    config = config or record.config
+    training_set = find_training_set(config, record, data)
     if training_set is None and (fit or as_published):
         raise UserError(
             f"How long samples of {config.data.prompt_format} data are is not known without shards: give --data SHARDS."
         )
     gpus = gpus or (record.ranks if record else 1 if device == "here" else 8)
-    chosen = _device(device, (tflops, bandwidth, memory), link, gpus)
+    request = Request(
+        config=config,
+        device=_device(device, (tflops, bandwidth, memory), link, gpus),
+        gpus=gpus,
+        training_set=training_set,
+        efficiency=efficiency,
+        length=length,
+        price=price,
+        run=finished,
+        at_run_speed=finished is not None and (recipe is not None or gpus != record.ranks),
+    )
     if fit:
         assumed = device is None and tflops is None
-        limit, overrides = parse_bytes(fit), overrides or []
-        _fit(config, recipe, limit, chosen, gpus, training_set, efficiency, price, overrides, assumed, as_json)
+        _fit(request, limit, recipe, overrides, assumed, as_json)
         return
-    at_its_speed = record is not None and (recipe is not None or gpus != record.ranks)
-    shown = {"length": length, "price": price, "with_published": as_published}
-    report = _report(config, record, run, chosen, gpus, training_set, efficiency, at_its_speed, **shown)
+    with console.err.status("simulating a training step"):
+        report = make_report(request)
+        if as_published:
+            from lavin_ds.profiling.published.savings import as_published as simulate_published
+
+            report = replace(report, published=simulate_published(config, training_set))
     written = _write_files(report, plot, timeline, html)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
@@ -131,59 +145,24 @@ def profile(
 
 
 def show_run(run: Path) -> None:
-    """Prints the cost table of a finished run, as `lavin-ds profile --run` heads its report, to stderr."""
-    record = load_run(run)
-    device, training_set = _device(), _training_set(record.config, record, None)
-    report = _report(record.config, record, run, device, record.ranks, training_set)
+    """Prints the cost table of a finished run to stderr, as `lavin-ds profile --run` begins its report."""
+    from lavin_ds.profiling.finished_run import load_finished_run
+    from lavin_ds.profiling.report import Request, make_report
+    from lavin_ds.profiling.training_set import find_training_set
+
+    finished = load_finished_run(run)
+    record = finished.record
+    training_set = find_training_set(record.config, record)
+    with console.err.status("simulating a training step"):
+        report = make_report(Request(record.config, DEVICES[DEFAULT_DEVICE], record.ranks, training_set, run=finished))
     console.err.print(_cost_table(report))
     console.err.print(_legend(report), highlight=False)
 
 
-def _report(
-    config, record, run, device, gpus, training_set, efficiency=EFFICIENCY, at_its_speed=False, **shown
-) -> Report:
-    """at_its_speed: the recipe is not the run's, or on other ranks, and is predicted as fast as the run was."""
-    from lavin_ds.profiling.memory import measured
-    from lavin_ds.profiling.report import make_report
-
-    finished = measured(run) if record else None
-    speed = _reached(record, run, device, finished, efficiency) if record else None
-    with console.err.status("simulating a training step"):
-        if at_its_speed:
-            if not device.predicts_time_of(record.config.model.frozen_dtype):
-                raise UserError(
-                    f"The base of {run} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
-                    "this CPU."
-                )
-            if speed is None or not speed.is_possible:
-                raise UserError(
-                    f"{run} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it "
-                    "ran on, or --tflops, --bandwidth and --memory of it."
-                )
-            device, efficiency = speed.calibrate(device)
-        return make_report(
-            config, device, gpus, training_set, efficiency, measured=finished, run=run, reached=speed, **shown
-        )
-
-
-def _reached(record: RunRecord, run: Path, device, finished, efficiency: float):
-    """How fast the run was on `device`; None where it was on another, or the base is fp32 and the rates are not."""
-    from lavin_ds.profiling.reached import ran_on, reached
-    from lavin_ds.profiling.time import estimate
-
-    if not ran_on(device, finished.peak_device_bytes is not None):
-        return None
-    if not device.predicts_time_of(record.config.model.frozen_dtype):
-        return None
-    training_set = _training_set(record.config, record, None)
-    if training_set is None:
-        return None
-    return reached(run, estimate(record.config, training_set, device, record.ranks, efficiency))
-
-
-def _device(name: str | None = None, figures=(None, None, None), link: float | None = None, gpus: int = 1):
-    from lavin_ds.devices import custom_device
-    from lavin_ds.profiling.calibrate import HERE, device_named
+def _device(
+    name: str | None, figures: tuple[float | None, float | None, float | None], link: float | None, gpus: int
+) -> Device:
+    from lavin_ds.profiling.calibration import HERE, device_named
 
     given = [figure for figure in figures if figure is not None]
     if given and (len(given) < len(figures) or name):
@@ -192,27 +171,12 @@ def _device(name: str | None = None, figures=(None, None, None), link: float | N
         raise UserError("--tflops, --bandwidth, --memory and --link must be above 0.")
     if name == HERE:
         console.err.print("measuring a few training steps of small models on this CPU", highlight=False)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no other
     device = custom_device(*given) if given else device_named(name or DEFAULT_DEVICE, gpus)
     return replace(device, link=link) if link else device
 
 
-def _training_set(config: RunConfig, record: RunRecord | None, data: Path | None):
-    """The shards given, the run's own where they suit, or ScienceQA's lengths; None where those say nothing."""
-    from lavin_ds.profiling.time import from_shards, scienceqa
-
-    if data:
-        if wrong := check_manifest(load_manifest(data), config):
-            raise UserError(f"The shards in {data} are not for {config.name}: {'; '.join(wrong)}.")
-    elif record and record.inputs.data.is_dir() and not check_manifest(load_manifest(record.inputs.data), config):
-        data = record.inputs.data
-    if data:
-        return from_shards(data, config.model.visual_tokens)
-    return scienceqa(config.data.max_length) if config.data.prompt_format.startswith("QCM") else None
-
-
 def _check_files(files: dict[str, Path | None]) -> None:
-    """Before minutes go into what is to be written to them."""
+    """Checks the paths before the minutes that fill them."""
     for option, path in files.items():
         if path is None:
             continue
@@ -224,54 +188,64 @@ def _check_files(files: dict[str, Path | None]) -> None:
 
 def _write_files(report: Report, plot: Path | None, timeline: Path | None, html: Path | None) -> list[Path]:
     from lavin_ds.files import write_atomically
-    from lavin_ds.profiling.html import html_report
+    from lavin_ds.profiling.html_report import html_report
     from lavin_ds.profiling.plots import plot_memory, plot_timeline
 
-    title = f"{report.config.name}: memory over one step"
     if plot:
         plot_memory(report, plot)
     if timeline:
-        plot_timeline(report.memory, title, timeline)
+        plot_timeline(report.memory, f"{report.config.name}: memory over one step", timeline)
     if html:
         text = html_report(report)
         write_atomically(html, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return [path for path in (plot, timeline, html) if path]
 
 
-def _fit(config, recipe, limit, device, gpus, training_set, efficiency, price, overrides, assumed, as_json) -> None:
-    """assumed: nobody said which device the card is."""
+def _fit(request: Request, limit: int, recipe: str, overrides: list[str], assumed: bool, as_json: bool) -> None:
+    """assumed: the user named no device, so times are those of the default one."""
     from lavin_ds.profiling.fit import find_fit
-    from lavin_ds.profiling.report import duration
 
     with console.err.status("trying settings") as status:
-        found = find_fit(config, limit, device, gpus, training_set, efficiency, status.update)
-    command = found.command(recipe, gpus, overrides)
+        found = find_fit(
+            request.config,
+            limit,
+            request.device,
+            request.gpus,
+            request.training_set,
+            request.efficiency,
+            status.update,
+        )
+    command = found.command(recipe, request.gpus, overrides)
     if as_json:
         print(json.dumps(found.as_dict() | {"command": command}, indent=2))
         return
-    card = f"a card of {limit / 2**30:.1f} GiB ({limit / 1e9:.1f} GB)"
+    speed = f"{request.device.name}, as no --device was given" if assumed else request.device.name
+    console.out.print(_fit_text(found, request, speed), highlight=False)
+    if command:
+        console.out.print(command, highlight=False, markup=False, soft_wrap=True)
+
+
+def _fit_text(found: Fit, request: Request, speed: str) -> str:
+    from lavin_ds.profiling.report import duration
+
+    name, gpus, limit = request.config.name, request.gpus, found.limit_bytes
+    card = f"{gpus} x a card of {limit / 2**30:.1f} GiB ({limit / 1e9:.1f} GB)"
+    overhead = f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation"
     if found.best is None:
         smallest = found.smallest
-        console.out.print(
-            f"{config.name} does not fit {gpus} x {card}: the smallest of {found.tried} settings, "
+        return (
+            f"{name} does not fit {card}: the smallest of {found.tried} settings, "
             f"{' '.join(smallest.changes) or 'the recipe itself'}, needs {_gigabytes(smallest.peak_bytes)} for its "
-            f"tensors ({_gigabytes(found.weights_bytes)} of them frozen weights) and "
-            f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation."
-            + (" More cards can share every layer: give more --gpus." if limit > found.overhead_bytes else ""),
-            highlight=False,
+            f"tensors ({_gigabytes(found.weights_bytes)} of them frozen weights) and {overhead}."
+            + (" More cards can share every layer: give more --gpus." if limit > found.overhead_bytes else "")
         )
-        return
-    best = found.best
-    paid = "" if price is None else f", {best.time.hours * gpus * price:,.2f} at the price given"
-    speed = f"{device.name}, for want of a --device" if assumed else device.name
-    console.out.print(
-        f"{config.name} fits {gpus} x {card} with {_gigabytes(best.peak_bytes)} of tensors (simulated) and "
-        f"{_gigabytes(found.overhead_bytes)} for context, workspaces and fragmentation.\n"
-        f"{duration(3600 * best.time.hours)} for the whole recipe, {training_set.source}, at the speed of {speed} "
-        f"(extrapolated){paid}: the fastest of {found.tried} settings tried.\n",
-        highlight=False,
+    hours = found.best.time.hours
+    paid = "" if request.price is None else f", {hours * gpus * request.price:,.2f} at the price given"
+    return (
+        f"{name} fits {card} with {_gigabytes(found.best.peak_bytes)} of tensors (simulated) and {overhead}.\n"
+        f"{duration(3600 * hours)} for the whole recipe, {request.training_set.source}, at the speed of {speed} "
+        f"(extrapolated){paid}: the fastest of {found.tried} settings tried.\n"
     )
-    console.out.print(command, highlight=False, markup=False, soft_wrap=True)
 
 
 def _gigabytes(bytes: float) -> str:
@@ -294,18 +268,6 @@ def params(
         print(json.dumps({"recipe": recipe} | count.as_dict(), indent=2))
     else:
         console.out.print(_parameter_table(recipe, count))
-
-
-def _config(recipe: str | None, record: RunRecord | None, overrides: list[str], micro_batch: int | None) -> RunConfig:
-    if recipe is None and record is None:
-        raise UserError("Give --recipe NAME or --run RUN; both: the recipe, as fast as the run was.")
-    if recipe is None:
-        if overrides or micro_batch:
-            raise UserError("A finished run's recipe cannot be changed: give --recipe with the changes too.")
-        return record.config
-    if micro_batch:
-        overrides = [*overrides, f"training.micro_batch={micro_batch}"]
-    return load_recipe(recipe, overrides)
 
 
 def _print(report: Report) -> None:
@@ -352,7 +314,7 @@ def _legend(report: Report) -> Text:
 
 
 def _memory_table(report: Report) -> Table:
-    from lavin_ds.profiling.memory import COMPONENTS
+    from lavin_ds.profiling.simulation import COMPONENTS
 
     memory = report.memory
     unit, size = ("GB", 1e9) if memory.peak_bytes >= 1e9 else ("MB", 1e6)

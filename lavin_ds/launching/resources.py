@@ -50,7 +50,8 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int, force: bool = 
     that starts ranks: it makes this process a world of one.
     """
     from lavin_ds.models.counting import count_parameters
-    from lavin_ds.profiling.memory import simulate, worst_case
+    from lavin_ds.profiling.simulation import simulate
+    from lavin_ds.profiling.workload import worst_case
 
     needed = simulate(config, worst_case(config, ranks), ranks).peak_bytes
     needed = max(needed, count_parameters(config).loaded_bytes(config.tensor_parallel))

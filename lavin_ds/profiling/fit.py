@@ -1,52 +1,48 @@
-"""The fastest setting of a recipe that fits into a card, and the command that trains it.
+"""The fastest setting of a recipe that fits a card, and the command that trains it.
 
-Searched: micro-batch, what is recomputed in backward, tensor parallelism over the GPUs, features in place of a ViT that
-does not learn, and half precision for a base that is fp32. Not searched: ZeRO stages, as all but the third only divide
-0.06 GB at 13B, and the third does not help a small card (DeepSpeed moves the whole model to every GPU before it divides
-it, and so it must fit there once; tensor parallelism loads slices).
+Searched: micro-batch, activation checkpointing, tensor parallelism over the GPUs, cached features instead of a ViT that
+is not trained, and half precision for an fp32 base. ZeRO stages are not searched: 1 and 2 divide only 0.06 GB at 13B,
+and 3 does not help a small card, because DeepSpeed moves the whole model to every GPU before it divides it (tensor
+parallelism loads slices).
 
-Settings are tried from the fastest on, so that memory is asked of a few alone. Their order is by a sum of parts, each
-from models of a few layers: the LLaMA without images, the ViT for the images there are on average, and another forward
-pass of what is recomputed. The first that fits is then simulated as it is: its memory as a whole, its time as
-`lavin-ds profile` gives it.
+For each micro-batch, the setting that fits with the least recomputation is the fastest. Its memory and time come from
+models of a few layers. The best of these is then simulated as a whole.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lavin_ds.config import Checkpointing, RunConfig, parse_config, recomputed_layers
-from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
+from lavin_ds.config import Checkpointing, RunConfig, parse_config
+from lavin_ds.devices import GPUS_PER_NODE, OVERHEAD, Device
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.calibrate import roofline_seconds
-from lavin_ds.profiling.layers import BASE, from_few_layers, parts_of, peak_components, with_parts
-from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
-from lavin_ds.profiling.time import Pace, TimeEstimate, TrainingSet, estimate, labelled_share, pace
-from lavin_ds.profiling.tracker import Operation
+from lavin_ds.profiling.layers import from_few_layers, peak_components
+from lavin_ds.profiling.simulation import COMPONENTS, simulate
+from lavin_ds.profiling.step_time import TimeEstimate, estimate
+from lavin_ds.profiling.training_set import TrainingSet
+from lavin_ds.profiling.workload import worst_case
 
 MICRO_BATCHES = (1, 2, 4, 8)
-# Within so much of the fastest, more samples a micro-batch are better: the same kernels are started less often, which
-# the roofline does not charge for.
+# Of settings within this factor of the fastest, the one with the most samples per micro-batch is taken: it starts fewer
+# kernels, which the roofline does not charge for.
 ALIKE = 1.1
 FROZEN = list(COMPONENTS).index("frozen")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Changes to a recipe as `key=value`, and what they come to. peak_bytes is of tensors, without OVERHEAD."""
+    """Changes to a recipe as `key=value`, and their effect. peak_bytes counts tensors, without OVERHEAD."""
 
     changes: tuple[str, ...]
     config: RunConfig
     peak_bytes: int
-    weights_bytes: int = 0  # frozen ones among them
+    weights_bytes: int = 0  # frozen weights, part of peak_bytes
     time: TimeEstimate | None = None
 
     def as_dict(self) -> dict:
@@ -59,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Fit:
-    """The fastest setting that fits, simulated as a whole; or None, and then the smallest there is."""
+    """The fastest setting that fits, if one does, and the smallest one."""
 
     best: Setting | None
     smallest: Setting
@@ -69,11 +65,11 @@ class Fit:
 
     @property
     def weights_bytes(self) -> int:
-        """Frozen weights of the smallest setting on one GPU."""
+        """Frozen weights on one GPU in the smallest setting."""
         return self.smallest.weights_bytes
 
     def command(self, recipe: str, gpus: int, overrides: list[str] = ()) -> str | None:
-        """A line that trains the best setting of the recipe with its `overrides`; the paths are to be put in."""
+        """The command that trains the best setting; its paths are placeholders."""
         if self.best is None:
             return None
         clip = ["--clip", "ViT-L-14.pt"] if self.best.config.model.has_vit else []
@@ -100,7 +96,7 @@ def find_fit(
     efficiency: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> Fit:
-    """Searches with models of a few layers, then simulates the winner as a whole. Half a minute at 7B.
+    """Searches with models of a few layers, then simulates the best as a whole. Half a minute at 7B.
 
     Raises:
         UserError: no number of ranks that `gpus` allows can train the recipe's global batch.
@@ -109,8 +105,8 @@ def find_fit(
     tried = 0
     for degree in _degrees(config, gpus):
         search = _Search(_base(config, degree), limit_bytes - OVERHEAD, device, gpus, training_set, efficiency, say)
-        found, least = search.fastest(), search.smallest()
-        tried += search.tried
+        found, least = search.fastest(), search.setting(1, True)
+        tried += len(search.tried)
         if smallest is None or least.peak_bytes < smallest.peak_bytes:
             smallest = least
         if found and (best is None or found.time.hours < best.time.hours):
@@ -123,7 +119,7 @@ def find_fit(
 
 
 class _Search:
-    """At one tensor-parallel degree: settings from the fastest on until one fits."""
+    """The settings of one tensor-parallel degree."""
 
     def __init__(
         self,
@@ -137,67 +133,56 @@ class _Search:
     ):
         self.base, self.room, self.device, self.gpus = base, room, device, gpus
         self.training_set, self.efficiency, self.say = training_set, efficiency, say
-        self.measured: dict[tuple[int, Checkpointing], Setting] = {}
-        self.steps: dict[int, tuple[Pace, np.ndarray, np.ndarray]] = {}
-
-    @property
-    def tried(self) -> int:
-        return len(self.measured)
-
-    def smallest(self) -> Setting:
-        return self._setting(1, True)
+        self.tried: dict[tuple[int, Checkpointing], Setting] = {}
 
     def fastest(self) -> Setting | None:
-        """The fastest setting that fits, with its time; None where not even the smallest does."""
-        if self.smallest().peak_bytes > self.room:
-            return None
-        config = self.base.config
-        most = math.ceil(config.training.global_batch * config.tensor_parallel / self.gpus)
-        least = "vision" if config.model.has_vit else False  # beyond it, layers are recomputed one by one
-        values = dict.fromkeys([False, least, True])
-        queue = [(self._hours(n, value), n, value) for n in MICRO_BATCHES if n <= most for value in values]
-        heapq.heapify(queue)
-        fitting: list[tuple[float, Setting]] = []  # each with more samples than the one before
-        while queue and not (fitting and queue[0][0] > ALIKE * fitting[0][0]):
-            hours, samples, value = heapq.heappop(queue)
-            if fitting and samples <= fitting[-1][1].config.training.micro_batch:
-                continue
-            setting = self._setting(samples, value)
-            if setting.peak_bytes <= self.room:
-                fitting.append((hours, setting))
-            elif value == least:
-                layers = self._layers_needed(samples, value)
-                if 0 < layers < config.model.llm.n_layers:
-                    heapq.heappush(queue, (self._hours(samples, layers), samples, layers))
-        for _, setting in reversed(fitting):
-            peak = simulate(setting.config, worst_case(setting.config, self.gpus), self.gpus).peak_bytes
+        """The fastest setting that fits, simulated as a whole; None if not even the smallest fits."""
+        training = self.base.config.training
+        most = math.ceil(training.global_batch * self.base.config.tensor_parallel / self.gpus)
+        fitting = [self._least_recomputed(samples) for samples in MICRO_BATCHES if samples <= most]
+        timed = [self._timed(setting) for setting in fitting if setting]
+        while timed:
+            quickest = min(setting.time.hours for setting in timed)
+            chosen = [setting for setting in timed if setting.time.hours <= ALIKE * quickest][-1]  # the most samples
+            peak = simulate(chosen.config, worst_case(chosen.config, self.gpus), self.gpus).peak_bytes
             if peak <= self.room:
-                time = estimate(setting.config, self.training_set, self.device, self.gpus, self.efficiency)
-                return replace(setting, peak_bytes=peak, time=time)
+                return replace(chosen, peak_bytes=peak)
+            timed.remove(chosen)
         return None
 
-    def _layers_needed(self, samples: int, least: Checkpointing) -> int:
-        """To be recomputed, so that the rest fits; 0 where all are not enough.
-
-        Each saves the same, up to those whose own recomputation is the peak: so one more than that says.
-        """
-        kept, recomputed = (self._setting(samples, value).peak_bytes for value in (least, True))
+    def _least_recomputed(self, samples: int) -> Setting | None:
+        """The setting of that many samples which fits and recomputes the least; None if none fits."""
+        config = self.base.config
+        few = "vision" if config.model.has_vit else False  # after that, LLaMA layers are recomputed one by one
+        for value in dict.fromkeys((False, few)):
+            if (setting := self.setting(samples, value)).peak_bytes <= self.room:
+                return setting
+        kept, recomputed = setting.peak_bytes, self.setting(samples, True).peak_bytes
         if recomputed > self.room:
-            return 0
-        return math.ceil((kept - self.room) / (kept - recomputed) * self.base.config.model.llm.n_layers) + 1
+            return None
+        # Every layer saves the same, except those whose own recomputation is the peak: one more covers that.
+        layers = math.ceil((kept - self.room) / (kept - recomputed) * config.model.llm.n_layers) + 1
+        if layers < config.model.llm.n_layers and self.setting(samples, layers).peak_bytes <= self.room:
+            return self.setting(samples, layers)
+        return self.setting(samples, True)
 
-    def _setting(self, samples: int, value: Checkpointing) -> Setting:
-        """With its memory."""
-        if (samples, value) not in self.measured:
-            changed = self._changed(samples, value)
+    def _timed(self, setting: Setting) -> Setting:
+        time = estimate(setting.config, self.training_set, self.device, self.gpus, self.efficiency)
+        return replace(setting, time=time)
+
+    def setting(self, samples: int, value: Checkpointing) -> Setting:
+        """A setting with its memory."""
+        if (samples, value) not in self.tried:
             held = self._held(samples, value)
-            setting = replace(changed, peak_bytes=int(held.sum()), weights_bytes=int(held[FROZEN]))
+            setting = replace(
+                self._changed(samples, value), peak_bytes=int(held.sum()), weights_bytes=int(held[FROZEN])
+            )
             self.say(f"{' '.join(setting.changes)}: {setting.peak_bytes / 1e9:.1f} GB")
-            self.measured[samples, value] = setting
-        return self.measured[samples, value]
+            self.tried[samples, value] = setting
+        return self.tried[samples, value]
 
     def _held(self, samples: int, value: Checkpointing) -> np.ndarray:
-        """Bytes by component at the peak, which grow evenly with the samples."""
+        """Bytes by component at the peak, which are linear in the number of samples."""
 
         def at(n: int) -> np.ndarray:
             config = self._changed(n, value).config
@@ -213,61 +198,9 @@ class _Search:
         recomputed = f"training.activation_checkpointing={str(value).lower()}"
         return _changed(self.base, [f"training.micro_batch={samples}", recomputed])
 
-    def _hours(self, samples: int, value: Checkpointing) -> float:
-        """Of the whole recipe, for the order of settings."""
-        if samples not in self.steps:
-            self.steps[samples] = self._step(samples)
-        walk, text, layer = self.steps[samples]
-        images = walk.samples * self.training_set.image_fraction
-        seconds = text.sum() + images * self._image.sum()
-        if value is not False:  # forward once more
-            seconds += (
-                images * self._image[0] + recomputed_layers(value, self.base.config.model.llm.n_layers) * layer[0]
-            )
-        return walk.steps * walk.micro_batches * seconds / 3600
-
-    def _step(self, samples: int) -> tuple[Pace, np.ndarray, np.ndarray]:
-        """Seconds [forward, the rest] of an average micro-batch without images, and of one of its LLaMA layers."""
-        config = self._changed(samples, False).config
-        walk = pace(self.training_set, config, self.gpus)
-        workload = Workload(
-            max(1, round(walk.samples)), round(walk.critical_length), 0.0, labelled_share(self.training_set, walk)
-        )
-        n = config.model.llm.n_layers
-        fewer, whole = (self._seconds(with_parts(config, layers, 1), workload) for layers in (n - 1, n))
-        return walk, whole, whole - fewer
-
-    @cached_property
-    def _image(self) -> np.ndarray:
-        """Seconds [forward, the rest] that the ViT takes for an image."""
-        config = self._changed(1, False).config
-        if not config.model.has_vit:
-            return np.zeros(2)
-        one, none = (
-            self._seconds(with_parts(config, BASE[0], parts), Workload(1, config.data.max_length, images))
-            for parts, images in ((parts_of(config.model), 1.0), (1, 0.0))
-        )
-        return one - none
-
-    def _seconds(self, config: RunConfig, workload: Workload) -> np.ndarray:
-        """[forward, the rest] of a micro-batch, with what ranks exchange in it."""
-        efficiency = 1.0 if self.device.rates else self.efficiency
-
-        def taken(simulation: Simulation, operations: list[Operation]) -> float:
-            exchanged = sum(o.exchanged for o in operations if o.phase != "update")  # once a step: the same for all
-            seconds = roofline_seconds(self.device, operations)
-            return seconds / efficiency + exchanged / (self.device.link * GB)
-
-        def measure(simulation: Simulation) -> np.ndarray:
-            forward = [o for o in simulation.operations if o.phase == "forward"]
-            rest = [o for o in simulation.operations if o.phase != "forward"]
-            return np.array([taken(simulation, forward), taken(simulation, rest)])
-
-        return from_few_layers(config, workload, measure, self.gpus)
-
 
 def _degrees(config: RunConfig, gpus: int) -> Iterator[int]:
-    """Tensor-parallel degrees from the least, among those that the recipe's LLaMA can be split by."""
+    """Ascending tensor-parallel degrees that the recipe's LLaMA can be split by."""
     for degree in (d for d in range(1, gpus + 1) if gpus % d == 0):
         try:
             _changed(Setting((), config, 0), [f"tensor_parallel={degree}"])
@@ -278,12 +211,12 @@ def _degrees(config: RunConfig, gpus: int) -> Iterator[int]:
 
 
 def _base(config: RunConfig, degree: int) -> Setting:
-    """What is changed of the recipe in every setting of a degree."""
+    """The changes that all settings of a degree have in common."""
     changes = [] if degree == config.tensor_parallel else [f"tensor_parallel={degree}"]
     if config.model.frozen_dtype == "fp32":
         changes.append("model.frozen_dtype=bf16")
     if config.model.has_vit and config.model.vision_adapter.kind == "none":
-        changes.append("model.vision_source=cached")  # always less of both; the shards must hold features
+        changes.append("model.vision_source=cached")  # less memory and time; needs shards with features
     return _changed(Setting((), config, 0), changes)
 
 

@@ -1,8 +1,8 @@
-"""Figures of a step of the whole model from steps of models with a few layers, many times faster.
+"""Figures of a whole model's step, extrapolated from models with a few layers. Many times faster than simulating it.
 
-All LLaMA layers do the same work, and so do all parts of the ViT: its blocks from one that is read out to the next, or
-each block where only the last is read. So any sum over operators is linear in their numbers, and so is what is held at
-a given moment.
+All LLaMA layers do the same work, and so do all parts of the ViT: the blocks between two read-outs, or each block if
+only one is read. So any sum over operators is linear in the numbers of layers and parts, and so is the memory held at a
+given moment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from lavin_ds.config import ModelConfig, RunConfig
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate
+from lavin_ds.profiling.simulation import COMPONENTS, Simulation, simulate
+from lavin_ds.profiling.workload import Workload
 
 BASE = (2, 1)  # LLaMA layers and parts of the ViT of the smallest model
 
@@ -26,10 +27,7 @@ def from_few_layers(
     gpus: int = 1,
     make: Callable[..., Lavin] = Lavin,
 ) -> np.ndarray:
-    """`measure` of a step of the whole model, for a measure that is linear in the numbers of layers and parts.
-
-    The same holds for a number of recomputed layers, between none and all.
-    """
+    """`measure` of the whole model's step, if it is linear in the numbers of layers, parts and recomputed layers."""
     recomputed = config.training.activation_checkpointing
     if type(recomputed) is int:
         few, everything = (
@@ -54,15 +52,15 @@ def from_few_layers(
 
 @lru_cache(maxsize=64)
 def _simulated(config: RunConfig, workload: Workload, gpus: int, make: Callable[..., Lavin]) -> Simulation:
-    """A step of a small model; a search asks for many of them again."""
+    """A step of a small model. A search asks for the same one many times."""
     return simulate(config, workload, gpus, make)
 
 
 def peak_components(simulation: Simulation) -> np.ndarray:
     """Bytes by component at the step's peak, for `from_few_layers`.
 
-    The peak is at the same moment in small and large models alike, or the result is too low: where it matters, the
-    whole model is simulated as well.
+    Too low if small and large models have their peak at different moments. Callers that depend on it simulate the whole
+    model too.
     """
     return np.array([simulation.components[name] for name in COMPONENTS], dtype=float)
 

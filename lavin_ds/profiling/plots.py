@@ -1,4 +1,4 @@
-"""Pictures of the cost report: memory at each phase's peak, memory over a step, and what each saving takes off."""
+"""Pictures of the cost report: memory at the peak of each phase, and memory over a step."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lavin_ds.devices import GB
-from lavin_ds.profiling.memory import COMPONENTS, PHASES, Simulation
+from lavin_ds.profiling.simulation import COMPONENTS, PHASES, Simulation
 
 if TYPE_CHECKING:
     from lavin_ds.profiling.report import Report
-    from lavin_ds.profiling.savings import AsPublished
 
 COLOURS = dict(zip(COMPONENTS, [f"C{n}" for n in range(len(COMPONENTS))], strict=True))
-VISIBLE = 0.002  # of the largest: thinner than a line
-POINTS = 800  # of the timeline; each shows the fullest of its moments
+VISIBLE = 0.002  # of the largest; less is thinner than a line
+POINTS = 800  # of the timeline; each shows the highest of its moments
 
 
-def _unit(bytes: float) -> tuple[str, float]:
+def unit_of(bytes: float) -> tuple[str, float]:
     return ("GB", GB) if bytes >= GB else ("MB", 1e6)
 
 
 def plot_memory(report: Report, to: Path | BinaryIO) -> None:
     """Stacked bars of each phase's peak by component, with the device's memory and the papers' figure."""
     simulation = report.memory
-    unit, size = _unit(simulation.peak_bytes)
+    unit, size = unit_of(simulation.peak_bytes)
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     axes = figure.subplots()
     phases = list(simulation.phases)
@@ -53,12 +52,12 @@ def plot_memory(report: Report, to: Path | BinaryIO) -> None:
 
 
 def plot_timeline(simulation: Simulation, title: str, to: Path | BinaryIO) -> None:
-    """What a rank holds over the allocations of one step, by component, forward to update."""
+    """Memory of a rank over the allocations of one step, by component."""
     moments, phases = simulation.timeline, simulation.timeline_phases
     moments, phases = moments[phases < PHASES.index("end")], phases[phases < PHASES.index("end")]
     bins = np.array_split(np.arange(len(moments)), min(POINTS, len(moments)))
     shown = np.array([part[moments[part].sum(axis=1).argmax()] for part in bins])
-    unit, size = _unit(simulation.peak_bytes)
+    unit, size = unit_of(simulation.peak_bytes)
     held = moments[shown].T / size
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -79,29 +78,4 @@ def plot_timeline(simulation: Simulation, title: str, to: Path | BinaryIO) -> No
     axes.set_ylabel(f"{unit} on one rank (simulated)")
     axes.set_title(title, loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(to, dpi=150)
-
-
-def plot_savings(published: AsPublished, title: str, to: Path | BinaryIO) -> None:
-    """From the authors' way to ours: the peak behind each saving, of a full and of an average micro-batch."""
-    stages = published.stages
-    unit, size = _unit(stages[0].full_bytes)
-    figure = Figure(figsize=(8.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(stages))
-    for offset, key, label, colour in (
-        (-0.2, "full_bytes", "full micro-batch", "C0"),
-        (0.2, "average_bytes", "average micro-batch", "C1"),
-    ):
-        values = np.array([getattr(stage, key) for stage in stages]) / size
-        axes.barh(rows + offset, values, height=0.38, color=colour, label=label)
-        for row, value in zip(rows, values, strict=True):
-            change = f" ({value - values[row - 1]:+.1f})" if row and abs(value - values[row - 1]) >= 0.05 else ""
-            axes.text(value, row + offset, f" {value:.1f}{change}", va="center", fontsize=8)
-    axes.set_yticks(rows, [stage.name for stage in stages])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(s.full_bytes for s in stages) / size * 1.18)
-    axes.set_xlabel(f"{unit} on one GPU at the peak, tensors alone (simulated)")
-    axes.set_title(title, loc="left")
-    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(to, dpi=150)

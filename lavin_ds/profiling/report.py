@@ -1,20 +1,25 @@
-"""The cost report: one recipe's figures beside the published ones, every figure with how it was come by."""
+"""The cost report: a recipe's figures beside the published ones, each marked by how it was obtained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lavin_ds.config import RunConfig, recomputed_layers
 from lavin_ds.devices import GB, GPUS_PER_NODE, OVERHEAD, Device
+from lavin_ds.errors import UserError
 from lavin_ds.models.counting import ParameterCount, count_parameters
 from lavin_ds.parallel import check_world
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.memory import Measured, Simulation, simulate, worst_case
-from lavin_ds.profiling.reached import Reached
-from lavin_ds.profiling.savings import AsPublished, as_published
-from lavin_ds.profiling.time import TimeEstimate, TrainingSet, estimate
+from lavin_ds.profiling.finished_run import FinishedRun, RunSpeed, speed_of
+from lavin_ds.profiling.simulation import Simulation, simulate
+from lavin_ds.profiling.step_time import DEFAULT_EFFICIENCY, TimeEstimate, estimate
+from lavin_ds.profiling.training_set import TrainingSet
+from lavin_ds.profiling.workload import worst_case
 from lavin_ds.profiling.zero import zero_plan
+
+if TYPE_CHECKING:
+    from lavin_ds.profiling.published.savings import AsPublished
 
 QUOTED, EXACT, SIMULATED, EXTRAPOLATED, MEASURED = "quoted", "exact", "simulated", "extrapolated", "measured"
 LEGEND = {
@@ -55,17 +60,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a report is asked about."""
+
+    config: RunConfig
+    device: Device
+    gpus: int
+    training_set: TrainingSet | None  # None: its lengths are not known, so there is no time
+    efficiency: float = DEFAULT_EFFICIENCY
+    length: int | None = None  # positions per sample that memory is simulated for; None: the recipe's maximum
+    price: float | None = None  # per GPU and hour
+    run: FinishedRun | None = None  # shown beside the prediction
+    at_run_speed: bool = False  # predicts with the efficiency that the run reached
+
+
+@dataclass(frozen=True)
 class Report:
     config: RunConfig
     device: Device
     gpus: int
     parameters: ParameterCount
     memory: Simulation
-    time: TimeEstimate | None  # None for an fp32 base: the devices' rates are for bf16
-    measured: Measured | None
-    run: Path | None
-    published: AsPublished | None = None  # the authors' way, where asked for
-    reached: Reached | None = None  # by the finished run, where the device may be the one it was on
+    time: TimeEstimate | None  # None if it cannot be predicted: see Report.notes
+    run: FinishedRun | None = None
+    run_speed: RunSpeed | None = None  # if `device` may be the one it ran on
+    published: AsPublished | None = None  # with --as-published
 
     @property
     def published_memory(self) -> float | None:
@@ -79,7 +98,7 @@ class Report:
         if self.published:
             rows.append(self._as_published_row())
         rows.append(self._our_row())
-        if self.measured:
+        if self.run:
             rows.append(self._measured_row())
         return rows
 
@@ -108,9 +127,9 @@ class Report:
         )
 
     def _measured_row(self) -> Row:
-        run, seconds = self.measured, self.measured.seconds
+        run, seconds = self.run.measured, self.run.measured.seconds
         return Row(
-            f"{self.run.name} (this run)",
+            f"{self.run.path.name} (this run)",
             {
                 "trainable": Cell(f"{run.trainable_parameters:,}", MEASURED, run.trainable_parameters),
                 "memory": Cell(_gb(run.peak_bytes), MEASURED, run.peak_bytes),
@@ -128,7 +147,7 @@ class Report:
         return self.parameters.loaded_bytes(self.config.tensor_parallel)
 
     def notes(self) -> list[str]:
-        """What must be known to read the figures."""
+        """What a reader needs to know about the figures."""
         workload, config = self.memory.workload, self.config
         checkpointing = _recomputation(config)
         notes = [
@@ -155,9 +174,9 @@ class Report:
         else:
             kind = self.config.data.prompt_format
             notes.append(f"Time: none, as the lengths of {kind} data are not known: give --data SHARDS.")
-        if self.reached:
-            notes.append(self._reached())
-        if self.measured and self.measured.peak_device_bytes is None:
+        if self.run_speed:
+            notes.append(self._run_speed())
+        if self.run and self.run.measured.peak_device_bytes is None:
             notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
         return notes
 
@@ -171,8 +190,8 @@ class Report:
             f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s{nodes}."
         )
 
-    def _reached(self) -> str:
-        speed = self.reached
+    def _run_speed(self) -> str:
+        speed = self.run_speed
         text = (
             f"{speed.run} took {duration(speed.step_seconds)} a step, the median of {speed.steps:,}; predicted for it "
             f"{duration(speed.predicted_seconds)}: "
@@ -205,8 +224,8 @@ class Report:
             "parameters": self.parameters.as_dict(),
             "memory": self.memory.as_dict(),
             "time": self.time.as_dict() if self.time else None,
-            "measured": self.measured.as_dict() if self.measured else None,
-            "reached": self.reached.as_dict() if self.reached else None,
+            "measured": self.run.measured.as_dict() if self.run else None,
+            "reached": self.run_speed.as_dict() if self.run_speed else None,
             "as_published": self.published.as_dict() if self.published else None,
             "overhead_bytes": int(OVERHEAD),
             "table": [row.as_dict() for row in self.rows()],
@@ -216,36 +235,45 @@ class Report:
         }
 
 
-def make_report(
-    config: RunConfig,
-    device: Device,
-    gpus: int,
-    training_set: TrainingSet | None,
-    efficiency: float,
-    length: int | None = None,
-    measured: Measured | None = None,
-    run: Path | None = None,
-    price: float | None = None,
-    with_published: bool = False,
-    reached: Reached | None = None,
-) -> Report:
-    """Counts, simulates and extrapolates; 10 to 30 seconds. `length` is of the micro-batch that memory is for."""
+def make_report(request: Request) -> Report:
+    """Counts, simulates and extrapolates; takes 10 to 30 seconds.
+
+    Raises:
+        UserError: at_run_speed is set and the run cannot tell its device's speed.
+    """
+    config, device, gpus, efficiency = request.config, request.device, request.gpus, request.efficiency
     check_world(gpus, config.tensor_parallel)
+    speed = speed_of(request.run, device, efficiency) if request.run else None
+    if request.at_run_speed:
+        device, efficiency = _calibrated(request, speed)
     time = None
-    if training_set and device.predicts_time_of(config.model.frozen_dtype):
-        time = estimate(config, training_set, device, gpus, efficiency, price)
+    if request.training_set and device.predicts_time_of(config.model.frozen_dtype):
+        time = estimate(config, request.training_set, device, gpus, efficiency, request.price)
     return Report(
         config=config,
         device=device,
         gpus=gpus,
         parameters=count_parameters(config),
-        memory=simulate(config, worst_case(config, gpus, length), gpus),
+        memory=simulate(config, worst_case(config, gpus, request.length), gpus),
         time=time,
-        measured=measured,
-        run=run,
-        published=as_published(config, training_set) if with_published else None,
-        reached=reached,
+        run=request.run,
+        run_speed=speed,
     )
+
+
+def _calibrated(request: Request, speed: RunSpeed | None) -> tuple[Device, float]:
+    run = request.run
+    if not request.device.predicts_time_of(run.record.config.model.frozen_dtype):
+        raise UserError(
+            f"The base of {run.path} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
+            "this CPU."
+        )
+    if speed is None or not speed.is_possible:
+        raise UserError(
+            f"{run.path} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it ran "
+            "on, or --tflops, --bandwidth and --memory of it."
+        )
+    return speed.calibrate(request.device)
 
 
 def _recomputation(config: RunConfig) -> str:

@@ -1,45 +1,46 @@
-"""What DeepSpeed's ZeRO takes from a rank and adds to it.
+"""What DeepSpeed's ZeRO divides over the ranks, and the memory and traffic that it adds.
 
-From reading deepspeed 0.19.8; benchmarks/cost_model.py compares it with real steps.
+Stages 1 and 2 divide the moments and an fp32 copy of the trainable parameters. They hold a reduction buffer of
+`reduce_bucket_size` elements, two with `overlap_comm`, from a micro-batch's first gradient to the end of its backward
+pass, no matter how few gradients there are.
 
-Stages 1 and 2 (runtime/zero/stage_1_and_2.py): the moments and an fp32 copy of the trainable parameters are divided
-over the ranks. From a micro-batch's first gradient to the end of its backward pass there is a reduction buffer of
-`reduce_bucket_size` elements (setup_buckets), two with overlap_comm, however few gradients there are.
+Stage 3 also divides every parameter and gathers it while it is in use. Its reduction buffer and this rank's gradients
+are held all the time. What is gathered is bounded, not re-enacted: see `ZeroPlan.gathered_bytes`. Linear layers become
+DeepSpeed's own, which keep their inputs for the backward pass even if the weight is frozen.
 
-Stage 3 (stage3.py, partition_parameters.py, partitioned_param_coordinator.py): every parameter is divided too, and
-gathered while it is in use. The reduction buffer and the rank's gradients are there all the time. Linear layers are
-DeepSpeed's own, which keep their inputs for backward even where the weight is frozen.
+The rules are those of DeepSpeed 0.19 (runtime/zero: stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py).
+tests/profiling/test_zero.py and benchmarks/cost_model.py compare them with real steps.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lavin_ds.config import RunConfig
-from lavin_ds.profiling.tracker import Life, Tracker
+from lavin_ds.profiling.tracker import Operation, all_reduced
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
 
-GATHERING = "all_gather"  # of ZeRO-3, in lives and operations
 FP32 = 4  # bytes; the trainable parameters and their gradients
+GATHERING, REDUCING, UPDATING = "all_gather", "reduce gradients", "gather parameters"
+ZERO_OPERATIONS = (GATHERING, REDUCING, UPDATING)
 
 
 @dataclass(frozen=True)
 class ZeroPlan:
-    """How ZeRO divides a rank's model over `ranks` data-parallel ranks. Sizes in elements, as in DeepSpeed's JSON."""
+    """How ZeRO divides a model over `ranks` data-parallel ranks. Sizes are in elements, as in DeepSpeed's JSON."""
 
     stage: int = 0
     ranks: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False  # counted as if they stayed on the GPU
-    buckets: int = 0  # of reduction
+    buckets: int = 0  # reduction buffers
     bucket_size: int = 0
     prefetch_bucket: int = 0
     persistence_threshold: int = 0
@@ -48,24 +49,25 @@ class ZeroPlan:
 
     @property
     def gathers(self) -> bool:
-        """A rank holds a part of every parameter, and gathers the whole while it is in use."""
+        """Whether a rank holds a part of every parameter and gathers the whole while it is in use."""
         return self.stage == 3 and self.ranks > 1
 
     @property
     def optimizer_share(self) -> float:
-        """Of the moments, on this rank's GPU."""
+        """The share of the moments on this rank's GPU."""
         return 0.0 if self.offload_optimizer else 1.0 if self.stage == 0 else 1 / self.ranks
 
-    @property
-    def weight_share(self) -> float:
-        """Of every parameter that is not in use."""
-        return 1 / self.ranks if self.gathers else 1.0
+    def weight_share(self, elements: int) -> float:
+        """The share of a parameter on this rank while it is not gathered. Stage 3 keeps small ones whole as well."""
+        if not self.gathers:
+            return 1.0
+        return 1 / self.ranks + (1.0 if elements <= self.persistence_threshold else 0.0)
 
     def bucket_bytes(self) -> int:
         return self.buckets * FP32 * self.bucket_size
 
     def standing_bytes(self, trainable: int, accumulates: bool) -> int:
-        """Held from one step to the next, beside parameters and moments. `accumulates` over micro-batches."""
+        """Bytes held between steps beside parameters and moments. accumulates: a step has several micro-batches."""
         part = FP32 * trainable // self.ranks
         if self.stage == 0:
             return FP32 * trainable if accumulates else 0
@@ -73,9 +75,61 @@ class ZeroPlan:
             return part + self.bucket_bytes()
         return (0 if self.offload_optimizer else part) + (part if accumulates else 0)
 
+    def gathered_bytes(self, model: nn.Module) -> tuple[int, int]:
+        """Upper bounds of what stage 3 gathers at once: of the whole parameters, and of the buffer beside them.
+
+        With prefetching, gathering runs ahead until `max_live` elements are whole. Without, a parameter stays whole
+        only if its next use is within `max_reuse_distance` elements: in the forward pass that is true of the last
+        half of that distance, as the backward pass comes back the same way. A module's own parameters are added to
+        both. Parameters that were gathered together also lie in one buffer until the last of them is used; without
+        prefetching, the next module's may be gathered before the last one's are released.
+        """
+        modules = [
+            [p for p in module.parameters(recurse=False) if p.numel() > self.persistence_threshold]
+            for module in model.modules()
+        ]
+        total = _bytes(p for own in modules for p in own)
+        if not self.gathers or not total:
+            return 0, 0
+        mean = total / sum(p.numel() for own in modules for p in own)  # bytes per element
+        largest = max(_bytes(own) for own in modules)
+        if self.prefetch_bucket:
+            whole, buffer = self.max_live * mean + largest, self.prefetch_bucket * mean + largest
+        else:
+            whole, buffer = self.max_reuse_distance / 2 * mean + largest, largest
+        return int(min(total, whole)), int(min(total, buffer))
+
+    def traffic(self, trainable: int, elements: int, bytes: int) -> list[Operation]:
+        """What a rank sends in a step of one micro-batch.
+
+        trainable: the number of trainable parameters. elements, bytes: of all parameters on a rank before ZeRO.
+
+        Half of an all-reduce sums the gradients, the other half distributes what became of them. From stage 2 on the
+        first half is sent in every micro-batch. Stage 3 gathers every parameter in the forward and the backward pass
+        of every micro-batch, or once if all of them stay whole in between.
+        """
+        if self.ranks == 1:
+            return []
+        half = all_reduced(FP32 * trainable, self.ranks) // 2
+        sent = [_sent(REDUCING, "backward" if self.stage >= 2 else "update", half)]
+        if self.stage < 3:
+            return [*sent, _sent(UPDATING, "update", half)]
+        part = bytes * (self.ranks - 1) // self.ranks
+        stays_whole = elements <= min(self.max_live, self.max_reuse_distance / 2)
+        phases = ["forward"] if stays_whole else ["forward", "backward"]
+        return [*(_sent(GATHERING, phase, part) for phase in phases), *sent]
+
+
+def _bytes(parameters) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _sent(name: str, phase: str, bytes: int) -> Operation:
+    return Operation(name, phase, 0, 0, exchanged=bytes)
+
 
 def zero_plan(config: RunConfig, gpus: int) -> ZeroPlan:
-    """Of the recipe's DeepSpeed configuration on `gpus` GPUs. Defaults are DeepSpeed's (runtime/zero/config.py)."""
+    """The plan of the recipe's DeepSpeed configuration. Defaults are DeepSpeed's (runtime/zero/config.py)."""
     zero = read_deepspeed_config(config.deepspeed).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     ranks = gpus // config.tensor_parallel
@@ -102,13 +156,13 @@ def _is_offloaded(zero: dict, what: str) -> bool:
 
 @contextmanager
 def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
-    """torch.nn.functional.linear as stage 3 replaces it (zero.Init, mem_efficient_linear)."""
+    """Replaces torch.nn.functional.linear as stage 3 does (zero.Init, mem_efficient_linear)."""
     if plan.stage != 3:
         yield
         return
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, on stdout, that it found no other
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # takes seconds, and stage 3 alone needs it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a warning to stdout
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # here, as it takes seconds and stage 3 alone needs it
 
     plain = F.linear
     F.linear = zero3_linear_wrap
@@ -116,114 +170,3 @@ def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
         yield
     finally:
         F.linear = plain
-
-
-@dataclass
-class ModuleTrace:
-    """When modules begin and end, in forward, recomputation and backward, and the parameters that are their own."""
-
-    moments: list[tuple[int, bool, tuple[nn.Parameter, ...]]] = field(default_factory=list)  # clock, begins, parameters
-
-    @contextmanager
-    def of(self, model: nn.Module, tracker: Tracker) -> Iterator[None]:
-        hooks = []
-        for module in model.modules():  # those without parameters too: when they begin, others' are prefetched
-            own = tuple(module.parameters(recurse=False))
-            hooks += [
-                module.register_forward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
-                module.register_forward_hook(lambda *_, own=own: self._note(tracker, False, own)),
-                module.register_full_backward_pre_hook(lambda *_, own=own: self._note(tracker, True, own)),
-                module.register_full_backward_hook(lambda *_, own=own: self._note(tracker, False, own)),
-            ]
-        yield
-        for hook in hooks:
-            hook.remove()
-
-    def _note(self, tracker: Tracker, begins: bool, own: tuple[nn.Parameter, ...]) -> None:
-        self.moments.append((tracker.tick(), begins, own))
-
-
-@dataclass
-class _Gathering:
-    """One collective: its buffer, what comes in it, and which of that no module has begun with yet."""
-
-    buffer: Life
-    parameters: list[nn.Parameter]
-    awaited: set[nn.Parameter]
-
-
-def gathered_lives(plan: ZeroPlan, trace: ModuleTrace, end_of_backward: int) -> list[Life]:
-    """Whole parameters and gathering buffers of ZeRO-3 over a step, by the rules of its parameter coordinator.
-
-    A module's parameters are gathered when it begins, then as many of those that follow as fill the prefetch bucket.
-    What comes in one buffer is copied out of it when the first of them is needed; the buffer goes when a module of the
-    last of them begins (InflightParamRegistry maps each to the handle that holds it).
-    When a module ends, its parameters are released unless they are used again within the reuse distance.
-    """
-    uses = [own for _, begins, own in trace.moments if begins]
-    queue = deque((step, p) for step, own in enumerate(uses) for p in own)
-    lives: list[Life] = []
-    whole: dict[nn.Parameter, Life] = {}
-    in_flight: dict[nn.Parameter, _Gathering] = {}
-    fetched_for: dict[nn.Parameter, int] = {}
-    live_elements = 0
-    step = 0
-
-    def persists(parameter: nn.Parameter) -> bool:
-        return parameter.numel() <= plan.persistence_threshold
-
-    def grow(born: int, parameters: list[nn.Parameter], operator: str) -> Life:
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        life = Life(size, born, "", operator, (sum(p.numel() for p in parameters),), "gathered", end_of_backward)
-        lives.append(life)
-        return life
-
-    def gather(clock: int, parameters: list[nn.Parameter]) -> None:
-        nonlocal live_elements
-        buffer = grow(clock, parameters, GATHERING)
-        live_elements += sum(p.numel() for p in parameters)
-        gathering = _Gathering(buffer, parameters, set(parameters))
-        in_flight.update(dict.fromkeys(parameters, gathering))
-
-    def wait(clock: int, parameter: nn.Parameter) -> None:
-        gathering = in_flight.pop(parameter)
-        alone = len(gathering.parameters) == 1
-        if len(gathering.awaited) == len(gathering.parameters):
-            for p in gathering.parameters:
-                whole[p] = gathering.buffer if alone else grow(clock, [p], "gathered parameter")
-        gathering.awaited.remove(parameter)
-        if not gathering.awaited and not alone:
-            gathering.buffer.died = clock
-
-    for clock, begins, own in trace.moments:
-        if begins:
-            missing = [p for p in own if p not in whole and p not in in_flight and not persists(p)]
-            if missing:
-                gather(clock, missing)
-            for p in own:
-                if p in in_flight:
-                    wait(clock, p)
-            while queue and queue[0][0] <= step:
-                at, p = queue.popleft()
-                fetched_for[p] = max(fetched_for.get(p, -1), at)
-            room, ahead = min(plan.max_live - live_elements, plan.prefetch_bucket), {}
-            while queue and sum(p.numel() for p in ahead) < room:
-                at, p = queue.popleft()
-                fetched_for[p] = max(fetched_for.get(p, -1), at)
-                if p not in whole and p not in in_flight and p not in ahead and not persists(p):
-                    ahead[p] = True
-            if ahead:
-                gather(clock, list(ahead))
-            step += 1
-            continue
-        needed_soon, traversed = set(), 0
-        for following in uses[step:]:
-            if traversed >= plan.max_reuse_distance:
-                break
-            needed_soon.update(following)
-            traversed += sum(p.numel() for p in following)
-        for p in own:
-            if p in whole and p not in needed_soon and fetched_for.get(p, -1) <= step:
-                whole.pop(p).died = clock
-                live_elements -= p.numel()
-    return lives

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from lavin_ds.config import load_recipe
 from lavin_ds.models import llama
-from lavin_ds.profiling.measure import build, in_fresh_processes, make_batch, step
-from lavin_ds.profiling.memory import Workload
+from lavin_ds.profiling.measure import build, in_fresh_processes, step
+from lavin_ds.profiling.workload import Workload, make_batch
 
 SAMPLES, LENGTH = 2, 40
 FEW, MANY = (Workload(SAMPLES, LENGTH, 0.5, labels / LENGTH) for labels in (2, 4))  # a sample

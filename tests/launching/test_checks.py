@@ -22,7 +22,8 @@ from lavin_ds.launching.deepspeed_command import hostfile_ranks
 from lavin_ds.launching.resources import disk_check, memory_check
 from lavin_ds.launching.resume import FREE_ON_RESUME
 from lavin_ds.models.counting import count_parameters
-from lavin_ds.profiling.memory import simulate, worst_case
+from lavin_ds.profiling.simulation import simulate
+from lavin_ds.profiling.workload import worst_case
 from lavin_ds.run import check_free, hold
 from lavin_ds.training.deepspeed_config import check_deepspeed_config
 

@@ -1,9 +1,14 @@
 """A LaVIN small enough to run for real."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from lavin_ds.config import RunConfig, load_recipe
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # memory_use.py measures what is simulated here
 
 TINY = [
     "model.llm={dim: 96, n_layers: 2, n_heads: 4, ffn_dim: 256, vocab_size: 512}",

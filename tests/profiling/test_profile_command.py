@@ -123,7 +123,7 @@ def test_fit_prints_a_command(recipe):
     text = invoke("--recipe", str(recipe), "--gpus", "1", "--fit", "24GiB", "data.max_length=64")
     assert "fits 1 x a card of 24.0 GiB" in text
     assert "lavin-ds train --recipe" in text and "data.max_length=64" in text and "--ranks 1" in text
-    assert "for want of a --device" in text
+    assert "as no --device was given" in text
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,7 @@ def finished_run(recipe, tmp_path) -> Path:
         "config": config,
         "inputs": {"data": str(tmp_path / "gone"), "llama": "/x", "clip": "/y"},
         "data_sha256": "0",
-        "ranks": 2,
-        "versions": {},
+        "starts": [{"began": "2026-01-01T00:00:00Z", "step": 0, "ranks": 2, "versions": {}}],
     }
     (run / "run.json").write_text(json.dumps(record))
     summary = {"steps": 25, "samples": 96, "tokens": 900, "seconds": 4.5, "trainable_parameters": 1234}

@@ -10,8 +10,9 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
-from lavin_ds.profiling.memory import Workload, make_batch, simulate, summarise, trace_step
-from lavin_ds.profiling.published import SAVINGS, PublishedLavin, PublishedOptions, published_model
+from lavin_ds.profiling.published.model import SAVINGS, PublishedLavin, PublishedOptions, published_model
+from lavin_ds.profiling.simulation import simulate, summarise, trace_step
+from lavin_ds.profiling.workload import Workload, make_batch
 
 PUBLISHED = PublishedOptions(pad_to=64)
 WORKLOAD = Workload(samples=4, length=40, image_fraction=0.5, labelled_fraction=0.5)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from lavin_ds.profiling.memory import simulate, worst_case
-from lavin_ds.profiling.published import SAVINGS
-from lavin_ds.profiling.savings import as_published
-from lavin_ds.profiling.time import TrainingSet
+from lavin_ds.profiling.published.model import SAVINGS
+from lavin_ds.profiling.published.savings import as_published
+from lavin_ds.profiling.simulation import simulate
+from lavin_ds.profiling.training_set import TrainingSet
+from lavin_ds.profiling.workload import worst_case
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavin_ds.config import load_recipe
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
-from lavin_ds.profiling.memory import Workload, make_batch
+from lavin_ds.profiling.workload import Workload, make_batch
 from lavin_ds.training.flops import step_flops
 
 SMALL = [f"model.{k}" for k in ("llm.dim=256", "llm.n_heads=4", "llm.ffn_dim=512", "vision.width=192", "neck.dim=8")]

@@ -1,4 +1,4 @@
-"""The authors' way of training, and what each of our savings takes off it."""
+"""The authors' training step, and what each of our savings takes off its memory and arithmetic."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from lavin_ds.config import RunConfig
 from lavin_ds.devices import OVERHEAD
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.layers import from_few_layers, peak_components
-from lavin_ds.profiling.memory import COMPONENTS, Simulation, Workload, simulate, worst_case
-from lavin_ds.profiling.published import SAVINGS, PublishedOptions, published_model
-from lavin_ds.profiling.time import TrainingSet
+from lavin_ds.profiling.published.model import SAVINGS, PublishedOptions, published_model
+from lavin_ds.profiling.simulation import COMPONENTS, Simulation, simulate
+from lavin_ds.profiling.training_set import TrainingSet
+from lavin_ds.profiling.workload import Workload, worst_case
 
 AS_PUBLISHED = {"frozen_dtype": "fp16"}
 MEANING = {
@@ -28,7 +29,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Stage:
-    """The step behind one more saving: bytes at the peak and FLOPs, of a full micro-batch and of an average one."""
+    """The step after one more saving: peak bytes and FLOPs of a full micro-batch and of an average one."""
 
     name: str
     full_bytes: int
@@ -41,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class AsPublished:
-    """`simulation` is the authors' step on a full micro-batch; `stages` lead from it to ours, the last."""
+    """The authors' step on a full micro-batch, and the stages from it to ours."""
 
     simulation: Simulation
     stages: list[Stage]
@@ -60,7 +61,7 @@ class AsPublished:
 
 
 def as_published(config: RunConfig, training_set: TrainingSet) -> AsPublished:
-    """The authors' step of a recipe, and the way from it to ours one saving at a time, each kept for the next.
+    """Simulates the authors' step of a recipe and adds our savings one after the other.
 
     Their step: fp16 base, fp32 adapters, 512 positions a sample, data parallel without ZeRO. 1 minute at 7B.
     """

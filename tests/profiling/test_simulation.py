@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -14,16 +11,9 @@ from lavin_ds.config import load_recipe
 from lavin_ds.errors import UserError
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.parallel import initialize_single_process
-from lavin_ds.profiling.measure import in_fresh_processes, measure_allocated
-from lavin_ds.profiling.memory import (
-    Workload,
-    make_batch,
-    measured,
-    simulate,
-    summarise,
-    trace_step,
-    worst_case,
-)
+from lavin_ds.profiling.finished_run import read_measured
+from lavin_ds.profiling.simulation import simulate, summarise, trace_step
+from lavin_ds.profiling.workload import Workload, make_batch, worst_case
 
 WORKLOAD = Workload(samples=3, length=96, image_fraction=2 / 3, labelled_fraction=0.5)
 
@@ -130,39 +120,6 @@ def test_tensor_parallel_ranks_hold_and_compute_their_slices(tiny):
         simulate(tiny.model_copy(update={"tensor_parallel": 2}), WORKLOAD, 3)
 
 
-def test_zero3_gathers_what_is_in_use_and_no_more(tiny, tmp_path):
-    def gathered(**settings) -> int:
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000} | settings
-        (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-        simulation = simulate(tiny.model_copy(update={"deepspeed": str(tmp_path / "zero3.json")}), WORKLOAD, 2)
-        assert simulation.components["frozen"] == pytest.approx(
-            simulate(tiny, WORKLOAD).components["frozen"] / 2, rel=0.01
-        )
-        return max(held["gathered"] for held in simulation.phases.values())
-
-    weights = simulate(tiny, WORKLOAD).components["frozen"]
-    assert gathered(stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0) < weights / 4
-    # All at once: what they were gathered in stays beside them until the last module begins.
-    assert gathered() > 1.9 * weights
-
-
-@pytest.mark.parametrize(
-    "rules", [{"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}, {}], ids=["none", "all"]
-)
-def test_zero3s_peak_on_two_ranks_is_that_of_a_real_engine(rules, tmp_path):
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000} | rules
-    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
-    small = ["model.llm.n_layers=2", "model.vision.layers=2", "model.vision.readout.every=1"]
-    batch = ["training.micro_batch=4", "training.global_batch=8"]
-    config = load_recipe("tiny", [*small, *batch, f"deepspeed={tmp_path / 'zero3.json'}"])
-    # Ranks are forks, and nothing here may be forked once it has simulated.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as new_process:
-        allocate = partial(measure_allocated, config, WORKLOAD)
-        real = new_process.submit(in_fresh_processes, 2, 1, allocate).result(timeout=300)
-    # At 16 MB, less than 0.1 MB in each of a few places is that much; benchmarks/cost_model.py has larger ones.
-    assert simulate(config, WORKLOAD, 2).peak_bytes == pytest.approx(real, rel=0.04)
-
-
 def test_worst_case_is_the_recipes_longest_micro_batch(tiny):
     assert worst_case(tiny) == Workload(4, 512, 1.0, 1.0)
     assert worst_case(load_recipe("ablation-text", ["training.micro_batch=2"]), length=64) == Workload(2, 64, 0.0, 1.0)
@@ -185,7 +142,7 @@ def test_impossible_workloads_are_refused(tiny):
 
 def test_measured_reads_what_a_run_recorded(tmp_path):
     with pytest.raises(UserError, match="not complete"):
-        measured(tmp_path)
+        read_measured(tmp_path)
     summary = {
         "steps": 3,
         "samples": 12,
@@ -198,11 +155,11 @@ def test_measured_reads_what_a_run_recorded(tmp_path):
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "adapter.safetensors").write_bytes(b"x" * 5000)
-    assert measured(tmp_path).peak_bytes == 800_000_000
-    assert measured(tmp_path).adapter_bytes == 5000
+    assert read_measured(tmp_path).peak_bytes == 800_000_000
+    assert read_measured(tmp_path).adapter_bytes == 5000
     (tmp_path / "summary.json").write_text('{"steps": 3}')
     with pytest.raises(UserError, match="cannot be read"):
-        measured(tmp_path)
+        read_measured(tmp_path)
 
 
 @pytest.mark.slow

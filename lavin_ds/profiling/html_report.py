@@ -1,4 +1,4 @@
-"""The cost report as one HTML file that asks for nothing else: its pictures are in it."""
+"""The cost report as one HTML file that contains its pictures and loads nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from io import BytesIO
 
 from lavin_ds.devices import GB
 from lavin_ds.profiling import paper
-from lavin_ds.profiling.memory import COMPONENTS
-from lavin_ds.profiling.plots import plot_memory, plot_savings, plot_timeline
+from lavin_ds.profiling.plots import plot_memory, plot_timeline
 from lavin_ds.profiling.report import LEGEND, Report
+from lavin_ds.profiling.simulation import COMPONENTS
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -34,27 +34,25 @@ def html_report(report: Report) -> str:
         _costs(report),
         "<h2>Memory of one rank</h2>",
         _components(report),
-        _picture("peak of each phase", lambda to: plot_memory(report, to)),
-        _picture(
-            "memory over one step", lambda to: plot_timeline(report.memory, f"{report.config.name}: one step", to)
-        ),
+        picture("peak of each phase", lambda to: plot_memory(report, to)),
+        picture("memory over one step", lambda to: plot_timeline(report.memory, f"{report.config.name}: one step", to)),
     ]
     if report.published:
-        title = f"{report.config.name}: from the authors' way to ours"
-        parts += ["<h2>Against the authors' way</h2>", _stages(report)]
-        parts.append(_picture("what each saving takes off", lambda to: plot_savings(report.published, title, to)))
+        from lavin_ds.profiling.published.section import html_section
+
+        parts.append(html_section(report.published, report.config.name))
     parts += ["<h2>Parameters and files</h2>", _parameters(report)]
     parts += ["<h2>What must be known</h2>", _list(report.notes())]
     parts += ["<h2>Where the sources disagree</h2>", _list(paper.DISAGREEMENTS), "</body></html>"]
     return "\n".join(parts) + "\n"
 
 
-def _table(caption: str, headings: list[str], rows: list[str]) -> str:
+def table(caption: str, headings: list[str], rows: list[str]) -> str:
     head = "".join(f"<th{' class=text' if heading == 'What' else ''}>{escape(heading)}</th>" for heading in headings)
     return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _row(cells: list[str], kind: str = "") -> str:
+def table_row(cells: list[str], kind: str = "") -> str:
     return f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
@@ -66,10 +64,10 @@ def _costs(report: Report) -> str:
             for cell in row.cells.values()
         ]
         is_ours = not all(cell.mark in (None, "quoted") for cell in row.cells.values())
-        rows.append(_row([escape(row.method), *cells], "ours" if is_ours else ""))
+        rows.append(table_row([escape(row.method), *cells], "ours" if is_ours else ""))
     legend = _list([f"{mark}: {meaning}" for mark, meaning in LEGEND.items()])
     caption = "Quoted rows: 8 x A100, lite on one GPU"
-    return _table(caption, ["Method", "#T-Params", "Memory", "Time", "#Storage"], rows) + legend
+    return table(caption, ["Method", "#T-Params", "Memory", "Time", "#Storage"], rows) + legend
 
 
 def _components(report: Report) -> str:
@@ -81,36 +79,20 @@ def _components(report: Report) -> str:
         for name, held in memory.components.items()
     ]
     caption = f"At the peak, {memory.peak_bytes / size:.2f} {unit}, {memory.moment}"
-    return _table(caption, ["Component", unit, "Share", "What"], rows)
-
-
-def _stages(report: Report) -> str:
-    rows = [
-        _row(
-            [
-                escape(stage.name),
-                f"{stage.full_bytes / GB:.2f}",
-                f"{stage.average_bytes / GB:.2f}",
-                f"{stage.average_flops / 1e12:.1f}",
-            ]
-        )
-        for stage in report.published.stages
-    ]
-    headings = ["Each keeps those above it", "full micro-batch, GB", "average micro-batch, GB", "its TFLOP"]
-    return _table("Tensors at the peak of a step, simulated", headings, rows)
+    return table(caption, ["Component", unit, "Share", "What"], rows)
 
 
 def _parameters(report: Report) -> str:
     count = report.parameters
-    rows = [_row([name.replace("_", " "), f"{number:,}"]) for name, number in count.components.items()]
-    rows.append(_row(["trainable", f"{count.trainable:,}"], "ours"))
-    rows += [_row([f"frozen {part}", f"{number:,}"]) for part, number in count.frozen.items()]
-    rows.append(_row(["adapter file, MB", f"{count.adapter_file_bytes / 1e6:.1f}"]))
-    rows.append(_row(["checkpoint to resume from, MB", f"{count.checkpoint_bytes / 1e6:.1f}"]))
-    return _table("Exact", ["", "Parameters"], rows)
+    rows = [table_row([name.replace("_", " "), f"{number:,}"]) for name, number in count.components.items()]
+    rows.append(table_row(["trainable", f"{count.trainable:,}"], "ours"))
+    rows += [table_row([f"frozen {part}", f"{number:,}"]) for part, number in count.frozen.items()]
+    rows.append(table_row(["adapter file, MB", f"{count.adapter_file_bytes / 1e6:.1f}"]))
+    rows.append(table_row(["checkpoint to resume from, MB", f"{count.checkpoint_bytes / 1e6:.1f}"]))
+    return table("Exact", ["", "Parameters"], rows)
 
 
-def _picture(meaning: str, draw) -> str:
+def picture(meaning: str, draw) -> str:
     image = BytesIO()
     draw(image)
     data = base64.b64encode(image.getvalue()).decode()

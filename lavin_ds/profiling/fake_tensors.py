@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
 from torch import nn
-from torch._C._distributed_c10d import FakeProcessGroup
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.distributed.distributed_c10d import _world
+from torch.testing._internal.distributed.fake_pg import _create_fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavin_ds.models.meta import tensors_in
@@ -26,13 +27,13 @@ from lavin_ds.parallel import initialize_single_process
 
 
 class ConcreteIndices(TorchDispatchMode):
-    """Inside FakeTensorMode, computes whatever depends on integers and booleans alone for real.
+    """Inside FakeTensorMode, computes operators on integers and booleans with real values.
 
-    Fake tensors have no values, so a boolean mask has no number of rows. Ids, labels, masks and counters are
-    small; with their values known, a fake step takes the very branches and shapes a real one does.
+    Fake tensors have no values, so a boolean mask would select an unknown number of rows. Ids, labels, masks and
+    counters are small. With their values known, a fake step has the branches and shapes of a real one.
 
-    What needs no kernel (devices asked for, updates in place, views) it answers without FakeTensorMode, which takes
-    most of a simulation's time.
+    Devices, updates in place and views need no kernel. They are answered here without FakeTensorMode, which would
+    take most of a simulation's time.
     """
 
     def __init__(self, mode: FakeTensorMode):
@@ -61,7 +62,7 @@ class ConcreteIndices(TorchDispatchMode):
 
 @cache
 def _updates_its_first(func) -> bool:
-    """Whether it returns its first argument, with other values and the same shape."""
+    """Whether an operator writes to its first argument and returns it, in the same shape."""
     schema = func._schema
     if len(schema.returns) != 1 or torch.Tag.inplace_view in func.tags or func is torch.ops.aten.resize_.default:
         return False
@@ -83,7 +84,7 @@ def _is_integral_factory(func, kwargs: dict[str, Any]) -> bool:
 
 
 def _without_masks(args: tuple) -> tuple:
-    """Replaces boolean masks in a list of indices by the positions that they select."""
+    """Replaces boolean masks in a list of indices by the positions they select."""
 
     def replace(indices: list) -> list:
         positions = []
@@ -102,21 +103,24 @@ def _positions(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @contextmanager
 def first_rank_of(tensor_parallel: int) -> Iterator[None]:
-    """Lets fairscale's layers see themselves as rank 0 of that many, whose collectives return at once."""
+    """Lets the tensor-parallel layers see themselves as rank 0 of that many. Their collectives return at once."""
     initialize_single_process()
-    previous = groups._MODEL_PARALLEL_GROUP
-    pretended = dist.ProcessGroup(dist.HashStore(), 0, tensor_parallel)
-    backend = FakeProcessGroup._create_internal(0, tensor_parallel)
-    pretended._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
-    pretended._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
-    # torch asks this table for a rank's number in a group; there is no public way to enter a group without peers.
-    _world.pg_group_ranks[pretended] = {rank: rank for rank in range(tensor_parallel)}
-    groups._MODEL_PARALLEL_GROUP = pretended
+    if tensor_parallel == 1:
+        yield
+        return
+    group = dist.ProcessGroup(dist.HashStore(), 0, tensor_parallel)
+    backend = _create_fake_pg(SimpleNamespace(group_rank=0, group_size=tensor_parallel), None)
+    group._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
+    previous, groups._MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP, group
+    _world.pg_group_ranks[group] = {
+        rank: rank for rank in range(tensor_parallel)
+    }  # torch looks a rank's number up here
     try:
         yield
     finally:
         groups._MODEL_PARALLEL_GROUP = previous
-        del _world.pg_group_ranks[pretended]
+        del _world.pg_group_ranks[group]
 
 
 def make_fake(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""LaVIN's training step as its authors compute it, one switch for each thing that this project does otherwise.
+"""LaVIN's training step as its authors compute it, with one switch per difference from ours.
 
-Written from facts about their code (docs/fidelity.md), to be measured and simulated beside our own step. The
-parameters are those of `Lavin`, name for name, and so is the function that is computed; what differs is what it costs.
+Written from facts about their code (docs/fidelity.md), to be measured and simulated beside our own step. It has the
+parameters of `Lavin`, name for name, and computes the same function at another cost.
 
 Dimensions: B samples, T positions of a sample, M routing tokens, N rows (all positions of all samples), D width,
 H heads, K head width, S tokens of an image, R adapter rank, E = 2 paths, V vocabulary.
@@ -30,7 +30,7 @@ from lavin_ds.models.vision import VisionAttention, VisionBlock
 
 @dataclass(frozen=True)
 class PublishedOptions:
-    """What the authors' step does and ours does not; all on by default, which is their step."""
+    """What the authors' step does and ours does not. The default is their step."""
 
     pad_to: int | None = 512  # every sample is padded to that many positions; None: to the longest of its batch
     eager_attention: bool = True  # scores, mask and probabilities are tensors of their own
@@ -41,7 +41,7 @@ class PublishedOptions:
     plain_autograd: bool = True  # norms, SwiGLU and QuickGELU keep what autograd keeps, fp32 copies included
 
     def without(self, *names: str) -> PublishedOptions:
-        """The same with these savings made."""
+        """Their step with these savings."""
         unknown = set(names) - set(SAVINGS)
         if unknown:
             raise ValueError(f"no saving {', '.join(sorted(unknown))}; there are {', '.join(SAVINGS)}")
@@ -57,10 +57,10 @@ def published_model(options: PublishedOptions) -> Callable[..., PublishedLavin]:
 
 
 class PublishedLavin(Lavin):
-    """`Lavin` with the authors' forward; with every saving made, ours computed by other means.
+    """`Lavin` with the authors' forward.
 
-    Half precision as they have it: residual stream, routing and logits in the frozen weights' dtype, softmax and
-    cross-entropy in fp32 (autocast's choice), adapters cast to half at every use.
+    Half precision as in their code: residual stream, routing and logits in the frozen weights' dtype, softmax and
+    cross-entropy in fp32 (as autocast does), adapters cast to half at every use.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PublishedLavin(Lavin):
         self.options = options or PublishedOptions()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """As Lavin.forward: the sum of the labelled tokens' cross-entropies (fp32), and how many there are."""
+        """The sum of the labelled tokens' cross-entropies (fp32) and their number, as Lavin.forward."""
         if batch.packed:
             raise ValueError("the published step pads its samples: this micro-batch is packed")
         modality_token = self.modality is not None
@@ -210,7 +210,7 @@ class PublishedLavin(Lavin):
                 mask_TT[1:, 0] = float("-inf")  # t_m is seen by itself alone
                 attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, mask_TT)
             else:
-                # What nobody sees and sees nobody needs no mask: its attention is its own value.
+                # t_m attends to itself alone, and no token attends to it: its attention is its own value.
                 others = _causal_attention(q_BTHK[:, 1:], k_BTHK[:, 1:], v_BTHK[:, 1:])
                 attended = torch.cat([v_BTHK[:, :1], others], dim=1)
             return attention.wo(attended.flatten(2).flatten(0, 1))

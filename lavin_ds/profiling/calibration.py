@@ -1,10 +1,10 @@
-"""A device's rates, from a few measured steps: what turns simulated operators into seconds on a real machine.
+"""Seconds of simulated operators: by a device's data sheet, or by rates fitted to measured steps.
 
-A phase of a step takes, for all its operators together,
+With measured rates, the operators of a phase take together
 
     flops / matmul rate of their dtype  +  bytes of the others / bandwidth  +  operators * overhead  +  exchanged / link
 
-Every constant holds for all models: none is fitted to the configuration whose time is predicted.
+Every rate holds for all models: none is fitted to the configuration whose time is predicted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from lavin_ds.config import load_recipe
 from lavin_ds.devices import DEVICES, GB, Device, Rates
 from lavin_ds.errors import UserError
-from lavin_ds.profiling.memory import Simulation, Workload, simulate
+from lavin_ds.profiling.simulation import Simulation, simulate
 from lavin_ds.profiling.tracker import Operation
+from lavin_ds.profiling.workload import Workload
 
 HALF = ("bfloat16", "float16")
 
@@ -28,10 +29,10 @@ HERE = "here"
 
 
 def device_named(name: str, gpus: int = 1) -> Device:
-    """A device by its name; "here" is this machine's CPU, measured now (half a minute), shared by `gpus` ranks.
+    """A device by its name. "here" is this machine's CPU, measured now (half a minute) and shared by `gpus` ranks.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no device of that name.
     """
     if name == HERE:
         return this_cpu(gpus)
@@ -41,7 +42,7 @@ def device_named(name: str, gpus: int = 1) -> Device:
 
 
 def roofline_seconds(device: Device, operations: list[Operation]) -> float:
-    """Of operators without communication, at the measured rates or else at the data sheet's peak ones."""
+    """Seconds of the operators that are not communication, at measured rates or at the data sheet's peak rates."""
     operations = [o for o in operations if not o.exchanged]
     if device.rates:
         return seconds_at(device.rates, operations)
@@ -53,7 +54,7 @@ def seconds_at(rates: Rates, operations: list[Operation]) -> float:
     return float(amounts(operations) @ np.array(list(rates.as_dict().values())))
 
 
-# Models small enough to step in a second, that differ in what they spend it on; for `this_cpu`.
+# Models for `this_cpu`: a step takes less than a second, and they differ in what they spend it on.
 CALIBRATION_MODELS = (
     (["model.llm={dim: 256, n_layers: 4, n_heads: 4, ffn_dim: 704, vocab_size: 8192}", "model.frozen_dtype=fp32"], 4),
     (["model.llm={dim: 512, n_layers: 6, n_heads: 8, ffn_dim: 1408, vocab_size: 8192}", "model.frozen_dtype=fp32"], 1),
@@ -63,10 +64,10 @@ CALIBRATION_MODELS = (
 
 
 def this_cpu(ranks: int = 1) -> Device:
-    """This machine's CPU as one of `ranks` has it, its share of the cores, with rates from real steps of four small
-    models. Half a minute."""
+    """A rank's share of this machine's CPU, with rates from real steps of four small models. Takes half a minute."""
     import psutil
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a warning to stdout
     from lavin_ds.profiling.measure import in_fresh_processes, measure_seconds
 
     settings = []
@@ -74,8 +75,7 @@ def this_cpu(ranks: int = 1) -> Device:
         changes = [*changes, "model.vision=null", "deepspeed=zero0", f"training.global_batch={samples}"]
         workload = Workload(samples, 128, image_fraction=0.0, labelled_fraction=0.7)
         settings.append((load_recipe("lavin-7b", changes), workload))
-    # All measuring goes first: a simulation leaves threads behind, and the measuring processes are forks, which would
-    # wait for these threads' locks for ever.
+    # Measuring comes before simulating: a simulation starts threads, and a fork may wait for their locks forever.
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)  # as in training
     seconds = [in_fresh_processes(1, 1, partial(measure_seconds, *setting), threads) for setting in settings]
     measured = [(simulate(*setting), taken) for setting, taken in zip(settings, seconds, strict=True)]
@@ -93,7 +93,7 @@ def this_cpu(ranks: int = 1) -> Device:
 
 
 def amounts(operations: list[Operation]) -> np.ndarray:
-    """What `operations` take of each of the Rates, in their order."""
+    """Units of work of `operations`, in the order of the fields of Rates."""
     total = np.zeros(5)
     for operation in operations:
         if operation.exchanged:
@@ -108,9 +108,9 @@ def amounts(operations: list[Operation]) -> np.ndarray:
 
 
 def fit_rates(measured: list[tuple[Simulation, dict[str, float]]]) -> Rates:
-    """The rates that explain the seconds of every phase best, in relative terms; none is negative.
+    """Fits the rates, none negative, to the seconds of every phase by relative least squares.
 
-    measured: steps as simulated, with their seconds by phase (measure.measure_seconds).
+    measured: simulated steps with their measured seconds by phase (measure.measure_seconds).
     """
     rows, weights = [], []
     for simulation, seconds in measured:
@@ -122,7 +122,7 @@ def fit_rates(measured: list[tuple[Simulation, dict[str, float]]]) -> Rates:
 
 
 def _nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Minimises |a x - b| over x >= 0, for a handful of columns: the best of all sets of columns that suit."""
+    """Minimises |a x - b| over x >= 0 by trying every set of columns, of which there are few."""
     best, best_error = np.zeros(a.shape[1]), float(b @ b)
     scale = np.where(a.any(axis=0), a.max(axis=0), 1.0)  # FLOPs and operators differ by 1e9
     for size in range(1, a.shape[1] + 1):

@@ -14,10 +14,12 @@ from lavin_ds.data_prep.scienceqa import ScienceQA
 from lavin_ds.devices import DEVICES
 from lavin_ds.errors import UserError
 from lavin_ds.models.counting import count_parameters
-from lavin_ds.profiling.calibrate import device_named
+from lavin_ds.profiling.calibration import device_named
 from lavin_ds.profiling.layers import from_few_layers, peak_components
-from lavin_ds.profiling.memory import Workload, simulate
-from lavin_ds.profiling.time import TrainingSet, estimate, from_shards, micro_step, pace, scienceqa
+from lavin_ds.profiling.simulation import simulate
+from lavin_ds.profiling.step_time import estimate, micro_step, pace
+from lavin_ds.profiling.training_set import TrainingSet, from_shards, scienceqa
+from lavin_ds.profiling.workload import Workload
 
 DEVICE = DEVICES["a100-80g"]
 
