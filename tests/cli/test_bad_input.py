@@ -205,6 +205,16 @@ def test_without_ranks_a_run_takes_those_of_this_machine(train, tiny_shards, tmp
     assert "--num_gpus 2" in command and "train.py --recipe tiny" in command
 
 
+def test_help_is_shown_without_importing_anything_heavy():
+    """The whole command line is imported for every --help and every mistyped option."""
+    said = (
+        "import sys; from lavin_ds.cli.main import app\n"
+        "print(sorted({'torch', 'pyarrow', 'numpy', 'sentencepiece'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_a_run_is_checked_without_importing_torch(tiny_shards, tmp_path):
     """Seconds of a wait that nobody needs: the files of a run are compared with its recipe by their headers."""
     said = (

@@ -60,7 +60,7 @@ class Toy(Task):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """Registered, with three questions of which a base that says "The answer is B." gets two right."""
-    monkeypatch.setitem(TASKS, Toy.name, Toy)
+    monkeypatch.setitem(TASKS, Toy.name, f"{Toy.__module__}:Toy")
     items = [
         {"id": f"t{i}", "question": "Question: ?", "choices": choices, "answer": 1}
         for i, choices in enumerate(
@@ -87,6 +87,10 @@ def test_answers_are_matched_by_id_and_need_no_model(toy):
     answers = {id: Answer(id, log_likelihoods=likelier[id]) for id in ("t2", "t0", "t1")}
     result = Toy(toy, "test", None).score(answers)
     assert [(p.id, p.predicted) for p in result.predictions] == [("t0", 1), ("t1", 0), ("t2", 1)]
+
+
+def test_every_task_is_found_by_its_name():
+    assert TASKS and all(find_task(name).name == name for name in TASKS)
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known():
