@@ -24,7 +24,7 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters.mm import MMAdapter
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
+from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rope_rotations, rotate
 from lavin_ds.models.vision import VisionAttention, VisionBlock
 
 
@@ -163,8 +163,9 @@ class PublishedLavin(Lavin):
             itself_M = torch.arange(len(token_MD), device=x_BTD.device)
             owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
         first = 1 if len(token_MD) else 0  # RoPE position of the first token
-        turns = rotary_turns(torch.arange(0 if in_samples else first, first + T, device=x_BTD.device), self.llm.config)
-        context = _Rows(B, T, len(token_MD), in_samples, owner_N, turns)
+        positions = torch.arange(0 if in_samples else first, first + T, device=x_BTD.device)
+        rotations = rope_rotations(positions, self.llm.config)
+        context = _Rows(B, T, len(token_MD), in_samples, owner_N, rotations)
         for number, block in enumerate(self.llm.layers):
             x_ND = _run(number < self.llm.recomputed_layers, self._decoder_block, block, x_ND, context)
         h_ND = self._norm(self.llm.norm, x_ND)
@@ -203,8 +204,8 @@ class PublishedLavin(Lavin):
             k_NHK, v_NHK = (x.repeat_interleave(attention.groups, dim=1) for x in (k_NHK, v_NHK))
         if rows.in_samples:
             shape = (rows.batch, 1 + rows.length)
-            q_BTHK = rotate(q_NHK.unflatten(0, shape), rows.turns)
-            k_BTHK, v_BTHK = rotate(k_NHK.unflatten(0, shape), rows.turns), v_NHK.unflatten(0, shape)
+            q_BTHK = rotate(q_NHK.unflatten(0, shape), rows.rotations)
+            k_BTHK, v_BTHK = rotate(k_NHK.unflatten(0, shape), rows.rotations), v_NHK.unflatten(0, shape)
             if self.options.eager_attention:
                 mask_TT = _causal_mask(1 + rows.length, q_BTHK)
                 mask_TT[1:, 0] = float("-inf")  # only t_m attends to t_m
@@ -215,7 +216,7 @@ class PublishedLavin(Lavin):
                 attended = torch.cat([v_BTHK[:, :1], others], dim=1)
             return attention.wo(attended.flatten(2).flatten(0, 1))
         M, shape = rows.modalities, (rows.batch, rows.length)
-        q_BTHK, k_BTHK = (rotate(x[M:].unflatten(0, shape), rows.turns) for x in (q_NHK, k_NHK))
+        q_BTHK, k_BTHK = (rotate(x[M:].unflatten(0, shape), rows.rotations) for x in (q_NHK, k_NHK))
         v_BTHK = v_NHK[M:].unflatten(0, shape)
         if self.options.eager_attention:
             attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, _causal_mask(rows.length, q_BTHK))
@@ -237,7 +238,7 @@ class _Rows:
     modalities: int
     in_samples: bool
     owner_N: torch.Tensor
-    turns: torch.Tensor  # [positions, K/2] complex
+    rotations: torch.Tensor  # [positions, K/2] complex
 
 
 def _run(recomputed: bool, block, *arguments):
