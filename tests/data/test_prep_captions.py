@@ -87,7 +87,7 @@ def test_splits_can_be_chosen_and_must_exist(tmp_path, tokenizer_file):
         ({"sentences": [{"raw": " "}]}, "train 12: sentences have an empty caption"),
         ({"filename": "../../x.jpg"}, "train 12: filename .* would leave"),
         ({"filename": "absent.jpg"}, "train 12: image .*absent.jpg is missing"),
-        ({"cocoid": 11}, "train 11: cocoid stands twice"),
+        ({"cocoid": 11}, "train 11: cocoid appears twice"),
     ],
 )
 def test_a_bad_record_is_named_or_skipped(tmp_path, tokenizer_file, changes, message):

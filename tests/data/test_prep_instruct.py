@@ -126,9 +126,9 @@ def test_images_that_are_all_missing_may_be_of_another_folder(tmp_path, tokenize
 
 def test_images_without_their_folder_are_refused(tmp_path, tokenizer_file):
     write(tmp_path)
-    with pytest.raises(UserError, match="llava-0: image is given, and --images is not"):
+    with pytest.raises(UserError, match="llava-0: image is given, but --images is not"):
         prepare(tmp_path, tokenizer_file, images=None)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         prepare(tmp_path, tokenizer_file, images=tmp_path / "elsewhere")
 
 
