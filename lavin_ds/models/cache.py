@@ -1,7 +1,7 @@
-"""Keys and values of sequences that are being generated, and attention over them.
+"""The key/value cache for generation, and attention over it.
 
-Dimensions: N tokens read in one pass, of all sequences; T of one sequence; H query heads, G key/value heads, K head
-width, S tokens that a sequence's slot holds.
+Dimensions: N tokens of all sequences that one pass reads, T tokens of one sequence, H query heads, G key/value heads,
+K head width, S tokens that the slot of a sequence holds.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from lavin_ds.parallel import tensor_parallel_size
 
 
 class KVCache:
-    """Slots for `capacity` tokens each; a slot holds one sequence.
+    """`slots` slots of `capacity` tokens. A slot holds one sequence.
 
-    A tensor-parallel rank holds its share of the key/value heads.
+    A tensor-parallel rank holds only its own key/value heads.
     """
 
     def __init__(self, config: LlamaConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.slots, self.capacity = slots, capacity
-        self.lengths = [0] * slots  # tokens held
+        self.lengths = [0] * slots  # tokens that each slot holds
         shape = (slots, config.kv_heads // tensor_parallel_size(), capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
 
     @staticmethod
     def bytes_needed(config: LlamaConfig, slots: int, capacity: int, dtype: torch.dtype, tensor_parallel: int) -> int:
-        """Bytes of a cache on one rank, before it is made."""
+        """Bytes that such a cache would take on one rank."""
         width = config.kv_heads // tensor_parallel * config.head_dim
         return 2 * config.n_layers * slots * capacity * width * dtype.itemsize
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Makes slot `target` hold the first tokens of slot `source`."""
+        """Copies the first `tokens` tokens of slot `source` to slot `target`."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :tokens] = tensor[source, :, :tokens]
         self.lengths[target] = tokens
 
 
 class Reads:
-    """The tokens that one pass of the model reads: `lengths[b]` more of the sequence in slot `slots[b]`, end to end.
+    """The tokens that one pass of the model reads: the next `lengths[b]` tokens of the sequence in slot `slots[b]`.
 
-    Each layer writes their keys and values behind those that the slots hold; nothing that is held is moved or copied.
+    The sequences lie end to end. Each layer appends their keys and values to the slots; nothing in a slot is moved.
     """
 
     def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
-        """Each slot is named once, and has room for what is read."""
+        """Each slot may appear only once, and must have room for its new tokens."""
         self.cache, self.slots, self.lengths = cache, tuple(slots), tuple(lengths)
         self.held = tuple(cache.lengths[slot] for slot in slots)
         slot_N, sequence_N = np.repeat([self.slots, range(len(self.slots))], self.lengths, axis=1)
         index_N = np.concatenate([np.arange(h, h + n) for h, n in zip(self.held, self.lengths, strict=True)])
         device = cache.keys[0].device
-        # Each token's slot, its place there, and its sequence's place in `slots`.
+        # For each token: its slot, its position in the slot, and the index of its sequence in `slots`.
         stacked = torch.from_numpy(np.stack([slot_N, index_N, sequence_N]))
         self.slot_N, self.index_N, self.sequence_N = stacked.to(device, non_blocking=True)
 
     def attend(self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
-        """Appends a layer's keys and values, and lets each token attend to its sequence up to itself; [N, H, K].
+        """Appends a layer's keys and values, and returns the causal attention of each token to its sequence: [N, H, K].
 
-        One product per sequence, over what its slot holds and no more.
+        There is one attention call per sequence, over the tokens that its slot holds.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.slot_N, :, self.index_N] = k_NGK
@@ -74,20 +74,20 @@ class Reads:
         return torch.cat(attended)
 
     def end(self) -> None:
-        """Counts the tokens as held, once every layer has appended its own."""
+        """Adds the new tokens to the slots' lengths. Call it after the last layer."""
         for slot, held, length in zip(self.slots, self.held, self.lengths, strict=True):
             self.cache.lengths[slot] = held + length
 
 
 def _attend(q_THK: torch.Tensor, k_GSK: torch.Tensor, v_GSK: torch.Tensor) -> torch.Tensor:
-    """Attention of the last T of a sequence's S tokens: token t sees the first S - T + t + 1."""
+    """Attention of the last T tokens of a sequence of S: query t sees the first S - T + t + 1 tokens."""
     T, H, K = q_THK.shape
     G, S, _ = k_GSK.shape
     if T == 1:
-        # The H / G query heads that share a key head are the rows of one product with it.
+        # The H / G query heads that share a key head become the query rows of that head.
         out = F.scaled_dot_product_attention(q_THK.view(1, G, H // G, K), k_GSK[None], v_GSK[None])
         return out.view(1, H, K)
-    # is_causal lines up the first query with the first key, which is right only where all S are queries.
+    # is_causal aligns the first query with the first key, which is right only if T == S.
     mask_TS = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q_THK.device).tril(S - T)
     out = F.scaled_dot_product_attention(
         q_THK.transpose(0, 1)[None],

@@ -39,7 +39,7 @@ from torch import nn
 from lavin_ds.data.shards import file_sha256
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
-from lavin_ds.training import scale
+from lavin_ds.training.loss_scale import INITIAL_SCALE
 from lavin_ds.weights.tensor_files import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,13 +54,13 @@ class DamagedCheckpoint(Exception):
 class Position:
     """Where a run stands.
 
-    step: optimizer steps done, skipped ones included. updates: without the skipped ones; AdamW's bias correction needs
-    it. loss_scale and loss_scale_age: see scale.py. val_loss: of these parameters, None if they were not validated.
+    step: optimizer steps done, skipped ones included. updates: those not skipped, as AdamW's bias correction needs.
+    loss_scale, loss_scale_age: see loss_scale.py. val_loss: of these parameters; None if they were not validated.
     """
 
     step: int
     updates: int
-    loss_scale: float = scale.START
+    loss_scale: float = INITIAL_SCALE
     loss_scale_age: int = 0
     val_loss: float | None = None
 

@@ -25,7 +25,7 @@ from lavin_ds.data.shards import ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
 from lavin_ds.training.checkpoint import START, Position
 from lavin_ds.training.feed import Feed, StepData, in_background
-from lavin_ds.training.scale import LossScale
+from lavin_ds.training.loss_scale import LossScale
 from lavin_ds.training.schedule import step_learning_rate
 from lavin_ds.training.stop import StopSignal
 
