@@ -94,8 +94,16 @@ BAD = {
         "llava-1: conversations.0.from is",
     ),
     "mark without image": ("llava", {"conversations": said("<image>", "b")}, "llava-1: image is missing"),
-    "leaves": ("llava", {"image": "../alpaca.json", "conversations": said("a", "b")}, "llava-1: image .* would leave"),
-    "absolute": ("llava", {"image": "/etc/passwd", "conversations": said("a", "b")}, "llava-1: image .* would leave"),
+    "leaves": (
+        "llava",
+        {"image": "../alpaca.json", "conversations": said("a", "b")},
+        "llava-1: image .* is not a plain relative path",
+    ),
+    "absolute": (
+        "llava",
+        {"image": "/etc/passwd", "conversations": said("a", "b")},
+        "llava-1: image .* is not a plain relative path",
+    ),
     "two images": ("llava", {"image": ["a", "b"], "conversations": said("a", "b")}, "llava-1: image is refused"),
     "absent": ("llava", {"image": "a/2.jpg", "conversations": said("a", "b")}, "llava-1: image .*2.jpg is missing"),
 }

@@ -139,7 +139,7 @@ BAD = {
     "audio": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 'content.0. is of type "audio"'),
     "other speaker": ({"conversations": [{"from": "x", "value": "y"}]}, r'conversations\[0\].from is "x"'),
     "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
-    "mark without image": ({"messages": said("<image>a", "b")}, "image is missing, and the conversation has <image>"),
+    "mark without image": ({"messages": said("<image>a", "b")}, "image is missing, but the conversation has <image>"),
     "two images": (
         {"messages": said("a", "b"), "images": TWO},
         "image is given 2 times: a record may",
@@ -153,7 +153,7 @@ BAD = {
     "data URL": ({"messages": asks_about("data:image/png;base64,AA")}, "is a data URL: save the image as a file"),
     "absolute": ({"messages": said("a", "b"), "image": "/etc/passwd"}, "is an absolute path, .* relative to --images"),
     "backslash": ({"messages": said("a", "b"), "image": "a\\1.jpg"}, "image has backslashes"),
-    "leaves": ({"messages": said("a", "b"), "image": "a/../../x.jpg"}, "image .* would leave"),
+    "leaves": ({"messages": said("a", "b"), "image": "a/../../x.jpg"}, "image .* is not a plain relative path"),
     "absent": ({"messages": said("a", "b"), "image": "a/3.jpg"}, "a/3.jpg is missing"),
     "no image": ({"messages": said("a", "b"), "image": "own.jsonl"}, "own.jsonl is not an image in a known format"),
     "number as image": ({"messages": said("a", "b"), "image": 7}, "names no image"),
@@ -235,7 +235,7 @@ def test_an_unfinished_job_of_another_draw_is_not_gone_on_with(tmp_path, tokeniz
     file = write(tmp_path, *LAYOUTS.values())
     with pytest.raises(KeyboardInterrupt):
         prepare(file, tokenizer_file, on_progress=stop)
-    with pytest.raises(UserError, match="unfinished job of other .*--seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match="unfinished job with other .*--seed: 0 there, 1 here"):
         prepare(file, tokenizer_file, seed=1)
 
 
@@ -244,7 +244,7 @@ def test_an_unfinished_job_of_another_draw_is_not_gone_on_with(tmp_path, tokeniz
     [
         ("", "has no record"),
         ("[]", "has no record"),
-        ('{\n"messages": []\n}', "is not JSON Lines, which has a JSON value on each line"),
+        ('{\n"messages": []\n}', r"is not JSON Lines \(one JSON value per line\)"),
         ("what\never", "is not JSON Lines"),
     ],
 )
