@@ -151,7 +151,7 @@ def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
         workplace.folder / "llama",
     )
     refused = workplace.train("refused-later", 1, *EVERY, init_adapter=renamed, code=2)
-    assert "has besides x." in refused.log.read_text() and not refused.folder.exists()
+    assert "has unexpected x." in refused.log.read_text() and not refused.folder.exists()
 
 
 def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exported(workplace, validated):
