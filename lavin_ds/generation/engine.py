@@ -195,7 +195,7 @@ class Engine:
         return best, shared
 
     def _due(self) -> list[tuple[_Sequence, int]]:
-        """What this step reads: each running sequence with how many of its tokens."""
+        """What this step reads, by slot: each running sequence with how many of its tokens."""
         due, budget = [], READ_AT_ONCE
         for sequence in self.running.values():
             unread = len(sequence.ids) - self.cache.lengths[sequence.slot]
@@ -204,7 +204,7 @@ class Engine:
                 budget -= unread
             if unread:
                 due.append((sequence, unread))
-        return due
+        return sorted(due, key=lambda read: read[0].slot)
 
     def _read(self, due: Sequence[tuple[_Sequence, int]]) -> tuple[torch.Tensor, Reads]:
         """The model's pass: hidden states [N, D] of all tokens that are due."""

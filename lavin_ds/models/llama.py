@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
 from lavin_ds.models.adapters.base import build_adapters
+from lavin_ds.models.attention import packed_attention
 from lavin_ds.models.cache import Reads
 from lavin_ds.models.lean import rms_norm, swiglu
 from lavin_ds.models.linear import STORAGES, FrozenColumnLinear, FrozenRowLinear, Storage, leave_uninitialised
@@ -57,6 +58,7 @@ class Rows:
     batch: int  # B
     length: int  # T
     packed: tuple[int, ...] | None  # lengths of the samples that lie end to end in the one row (B = 1); None: padded
+    cu_seqlens: torch.Tensor | None  # where each packed sample begins; see packed_attention
     owner_N: torch.Tensor | None  # [N] index into the first M rows; None when M is 0
     reads: Reads | None = None  # where the samples go on from what a cache holds; None: each is whole
 
@@ -98,16 +100,6 @@ def rotate(x_BTHK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).to(x_BTHK.dtype)
 
 
-def packed_attention(q_BHTK, k_BGTK, v_BGTK, lengths: tuple[int, ...], **how) -> torch.Tensor:
-    """Causal attention of samples that lie end to end along T, none of which sees another.
-
-    One product a sample: each is plainly causal, which every SDPA kernel does without a mask, so that neither work
-    nor memory goes into pairs of samples.
-    """
-    samples = zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BGTK, v_BGTK)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, **how) for qkv in samples], dim=2)
-
-
 def _split(x_NGK: torch.Tensor, modalities: int, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The modality tokens' rows [M, G, K], and the samples' [B, T, G, K]."""
     own_MGK, others = x_NGK.split([modalities, len(x_NGK) - modalities])
@@ -140,23 +132,21 @@ class Attention(nn.Module):
 
         if rows.reads:
             attended_NHK = rows.reads.attend(layer, q_BTHK[0], k_BTGK[0], v_BTGK[0])
+        elif rows.packed:
+            # Flattened, not q_BTHK[0], whose backward pass fills a tensor with zeros first.
+            qkv = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+            attended_NHK = packed_attention(*qkv, rows.packed, rows.cu_seqlens)
         else:
-            attended_NHK = self._attend(q_BTHK, k_BTGK, v_BTGK, rows.packed).flatten(0, 1)
+            # Samples are padded on the right, so causality alone keeps padding out of sight.
+            qkv = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+            attended_BHTK = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=self.groups > 1)
+            attended_NHK = attended_BHTK.transpose(1, 2).flatten(0, 1)
         attended = attended_NHK.flatten(1)
         if M:
             # A modality token attends to itself alone: its attention is its own value.
             own = own_MGK.repeat_interleave(self.groups, dim=1).flatten(1)
             attended = torch.cat([own, attended])
         return self.wo(attended)
-
-    def _attend(self, q_BTHK, k_BTGK, v_BTGK, packed: tuple[int, ...] | None):
-        """Causal attention within each sample, [B, T, H, K]."""
-        qkv = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        grouped = self.groups > 1
-        if packed:
-            return packed_attention(*qkv, packed, enable_gqa=grouped).transpose(1, 2)
-        # Samples are padded on the right, so causality alone keeps padding out of sight.
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -298,6 +288,7 @@ class Llama(nn.Module):
         packed: tuple[int, ...] | None = None,
         sample_N: torch.Tensor | None = None,
         place_N: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         reads: Reads | None = None,
     ) -> torch.Tensor:
         """Embedded tokens to normed hidden states, both [B, T, D].
@@ -305,7 +296,8 @@ class Llama(nn.Module):
         modality_MD: the modality tokens, and modality_B which of them each sample carries; None for neither.
         positions: [T] or [B, T]; by default 0.., or 1.. behind a modality token at 0, in every sample.
         packed: lengths of the samples that lie end to end in one row (B = 1); modality_B then has an entry for each,
-        and sample_N and place_N say which sample each token belongs to, and its place there.
+        sample_N and place_N say which sample each token belongs to, and its place there, and cu_seqlens where each
+        sample begins (see packed_attention).
         reads: the tokens of a row that go on from what the slots of a cache hold, and are appended there.
         """
         B, T, D = x_BTD.shape
@@ -322,7 +314,7 @@ class Llama(nn.Module):
             itself_M = torch.arange(M, device=x_ND.device)
             of_samples_N = modality_B.repeat_interleave(T) if sample_N is None else modality_B[sample_N]
             owner_N = torch.cat([itself_M, of_samples_N])
-        rows = Rows(M, B, T, packed, owner_N, reads)
+        rows = Rows(M, B, T, packed, cu_seqlens, owner_N, reads)
         for index, block in enumerate(self.layers):
             if index < self.recomputed_layers and torch.is_grad_enabled():
                 x_ND = checkpoint(block, x_ND, rows, turns, use_reentrant=False)
