@@ -1,19 +1,19 @@
-"""The cost model against real steps on this CPU: memory within a few percent, time within a few tens of percent.
+"""Compares the cost model with real steps on this CPU: memory within a few percent, time within a few tens of percent.
 
     python benchmarks/cost_model.py memory --out DIR     # measures memory: about 7 minutes on two quiet cores
     python benchmarks/cost_model.py seconds --out DIR    # measures time: about 4 minutes
     python benchmarks/cost_model.py compare --out DIR [--json]
 
-30 configurations are judged and 5 others give the rates that turn operators into seconds (profiling/calibration.py).
-They differ in width, depth, length, batch, activation checkpointing, ZeRO stage, ranks, tensor parallelism, dtype and
-vision. Every measurement is a training step of the DeepSpeed engine, in processes of one thread each.
+30 configurations are compared. 5 others give the rates that turn operators into seconds (profiling/calibration.py). The
+configurations differ in width, depth, length, batch, activation checkpointing, ZeRO stage, ranks, tensor parallelism,
+dtype and vision. Every measurement is a training step of the DeepSpeed engine, in processes of one thread each.
 
-Memory: simulated bytes of the whole step (weights, moments, buffers, activations) against what torch's allocator tells
-its profiler, operator or not; beside it the kernel's count of the process's pages, which also holds what MKL and
-oneDNN allocate for themselves and the rounding to pages. "Beyond weights" compares what is left of both when the frozen
-weights, which are no feat, are taken off.
+Memory: the simulated bytes of the whole step (weights, moments, buffers, activations) are compared with what torch's
+allocator reports to its profiler, inside and outside operators. They are also compared with the kernel's count of the
+process's pages, which includes what MKL and oneDNN allocate and is rounded up to pages. "Beyond weights" subtracts the
+frozen weights from both sides, because they are easy to predict.
 
-Exit code 1 if memory's median error is over 5% or its worst over 15%, or time's median over 15%.
+The exit code is 1 if the median error of memory is over 5% or its worst over 15%, or if the median of time is over 15%.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from lavin_ds.files import write_json
 
 MEMORY_MEDIAN, MEMORY_WORST, TIME_MEDIAN = 0.05, 0.15, 0.15
 
-# Width, layers, heads, feed-forward width; 8,192 pieces of vocabulary unless said otherwise.
+# Width, layers, heads, feed-forward width. The vocabulary has 8,192 entries unless a case says otherwise.
 SIZES = {"S": (256, 4, 4, 704), "M": (384, 6, 6, 1024), "L": (512, 8, 8, 1408), "XL": (768, 6, 12, 2048)}
 VISION = "{width: 256, layers: 4, heads: 4, patch_size: 16, image_size: 128, readout: {every: 2}}"
-# ZeRO-3 with rules that matter at these sizes: prefetching, parameters released between forward and backward.
+# ZeRO-3 settings that make a difference at these sizes: prefetching, and releases between forward and backward.
 ZERO3 = {
     "zero3-none": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
     "zero3-some": {"stage3_prefetch_bucket_size": 2_000_000, "stage3_max_reuse_distance": 1_000_000},
@@ -61,7 +61,7 @@ class Case:
     ranks: int = 1
     tensor_parallel: int = 1
     checkpointing: bool = False
-    images: float = 0.0  # share of the samples; 0: no vision at all
+    images: float = 0.0  # share of samples with an image; 0: no vision at all
     vocabulary: int = 8192
     labelled: float = 0.7
     packing: bool = True  # as in lavin-7b
@@ -143,12 +143,12 @@ CALIBRATION = (
 app = typer.Typer(add_completion=False)
 console = Console(stderr=True)
 Out = Annotated[Path, typer.Option(help="Folder for the measurements, the table and the PNG.")]
-Only = Annotated[int | None, typer.Option(help="Only the first so many configurations, to try the script.")]
+Only = Annotated[int | None, typer.Option(help="Measure only the first N configurations, to try the script.")]
 
 
 @app.command()
 def memory(out: Out, only: Only = None) -> None:
-    """Measures the memory of every configuration; goes on where it was stopped."""
+    """Measures the memory of every configuration. Continues where it was stopped."""
     from memory_use import measure_allocated, measure_resident
 
     restart_with(MALLOC_THAT_RETURNS)
@@ -158,7 +158,7 @@ def memory(out: Out, only: Only = None) -> None:
 
 @app.command()
 def seconds(out: Out, only: Only = None) -> None:
-    """Measures the time of a step of every configuration and of those to calibrate by; goes on where it stopped."""
+    """Measures the step time of every configuration, and of those for calibration. Continues where it was stopped."""
     from lavin_ds.profiling.measure import measure_seconds
 
     restart_with(MALLOC_THAT_KEEPS)
@@ -191,7 +191,7 @@ def _workload(case: Case):
 
 @app.command()
 def compare(out: Out, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Simulates every measured configuration and sets it beside the measurements."""
+    """Simulates every measured configuration and compares it with the measurements."""
     from lavin_ds.profiling.calibration import fit_rates, seconds_at
     from lavin_ds.profiling.simulation import simulate
 
@@ -269,11 +269,13 @@ def _print(rows: list[dict], summary: dict, rates) -> None:
     ):
         output.print(f"{name}: median error {summary[key]['median']:.1%}, worst {summary[key]['worst']:.1%}")
     speeds = [f"{1e-9 / x:.0f} GFLOP/s {n}" for x, n in ((rates.flop, "fp32"), (rates.half_flop, "bf16")) if x]
-    output.print(f"rates: {', '.join(speeds)}, {1e-9 / rates.byte:.1f} GB/s, {rates.operator * 1e6:.0f} us an operator")
+    output.print(
+        f"rates: {', '.join(speeds)}, {1e-9 / rates.byte:.1f} GB/s, {rates.operator * 1e6:.0f} us per operator"
+    )
 
 
 def plot(rows: list[dict], summary: dict, path: Path) -> None:
-    """Simulated over measured, one panel for memory and one for time."""
+    """Simulated against measured, one panel for memory and one for time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")

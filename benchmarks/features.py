@@ -1,14 +1,14 @@
-"""Feature extraction beside the bare forward pass: images per second, same ViT, same batches, same run.
+"""Compares feature extraction with the bare forward pass, in images per second: same ViT, same batches, same run.
 
     python benchmarks/features.py [--images N] [--recipe NAME] [--folder DIR] [--json] [key=value ...]
 
-Makes a shard directory of N random images and a random CLIP of the recipe's shape (default ViT-B/16, the shape of
-ablation-vision), and takes turns between
+Makes a shard directory of N random images and a random CLIP of the recipe's shape (default: ViT-B/16, the shape of
+ablation-vision). Then it alternates between
 
-    bare   the ViT on normalised tensors that lie in memory, its output left where it is
-    job    `lavin-ds prep features` from the shards to finished files with checksums, the weights' loading included
+    bare   the ViT on normalised tensors that are already in memory; its output is not copied
+    job    `lavin-ds prep features`, from the shards to finished files with checksums, including loading the weights
 
-The ratio is that of the medians of ROUNDS turns. Exit code 1 if the job has less than 0.9 of the bare pass's rate.
+The ratio is that of the medians of ROUNDS turns. The exit code is 1 if the job has less than 0.9 of the bare rate.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def bare(tower: VisionTower, batches: list[torch.Tensor]) -> float:
 
 
 def job(shards: Path, clip: Path, config: RunConfig, device: str) -> float:
-    """Seconds of the whole job; its files are removed."""
+    """Seconds of the whole job. Removes its files afterwards."""
     began = time.perf_counter()
     planned = features.plan(shards, clip, config)
     features.extract(planned, device)
@@ -111,7 +111,9 @@ def job(shards: Path, clip: Path, config: RunConfig, device: str) -> float:
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     images: Annotated[int, typer.Option(min=1, help="Random images.")] = 256,
-    recipe: Annotated[str, typer.Option(help="Whose ViT; it must have no adapters.")] = "ablation-vision",
+    recipe: Annotated[
+        str, typer.Option(help="The recipe with the ViT; that must have no adapters.")
+    ] = "ablation-vision",
     folder: Annotated[Path | None, typer.Option(help="Where to write; removed afterwards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:

@@ -1,16 +1,17 @@
-"""How far LaVIN here is from the LaVIN authors' implementation, in numbers.
+"""Measures how far our LaVIN is from the LaVIN authors' implementation.
 
     python benchmarks/fidelity.py GOLDEN_DIR [--json]
 
 GOLDEN_DIR holds tensors computed with their code (layout: shared/golden/README.md): config.json, params.json,
 inputs.npz, train_cls.npz, train_reference.npz, train_reference_batch1.npz, grads_full.npz, gen.json, gen_*.npz.
-The model is built from config.json, its weights are filled by the stated rule under the authors' names, and
-everything that the files hold is compared, in two modes:
+The model is built from config.json. Its weights are filled under the authors' names by the rule that config.json names.
+Then everything in the files is compared, in two modes:
 
-    default   each image routed by its own class token, decoding at the positions of training
+    default   each image is routed by its own class token; decoding uses the positions of training
     compat    `compat: lavin-official`, the authors' behaviour
 
-All in fp32 on the CPU with dropout off. Exit code 1 if an error is over its limit, 2 if the folder cannot be used.
+Everything is in fp32 on the CPU without dropout. The exit code is 1 if an error is over its limit, and 2 if the folder
+cannot be used.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from lavin_ds.parallel import initialize_single_process
 from lavin_ds.weights.official import is_convolution, official_name
 
 LIMITS = {
-    "weights": 1e-9,  # relative to the sum of magnitudes: the fill must be the authors' own
+    "weights": 1e-9,  # relative to the sum of magnitudes; larger if the fill is not the authors'
     "loss": 1e-5,
     "logits": 5e-5,
     "log-sum-exp": 5e-5,
@@ -51,7 +52,7 @@ LIMITS = {
     "routing": 1e-5,
     "gradients": 1e-3,  # relative to each one's norm
     "AdamW losses": 1e-4,
-    "greedy tokens": 0,  # how many differ
+    "greedy tokens": 0,  # number that differ
 }
 SLICE_STEP = 4  # logits_slice is logits[:, ::4, :64]
 CLIP_HEAD_WIDTH = 64
@@ -91,7 +92,7 @@ class Golden:
     @classmethod
     def read(cls, path: Path) -> Golden:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder: give one in the layout of shared/golden/v1.")
+            raise UserError(f"{path} is not a folder. Give one in the layout of shared/golden/v1.")
         settings, parameters = _json(path / "config.json"), _json(path / "params.json")
         shapes = {parameter["name"]: parameter["shape"] for parameter in parameters}
         inputs = _arrays(path / "inputs.npz")
@@ -105,11 +106,11 @@ class Golden:
         return self.arrays("train_cls")["vit_cls"].shape[1]
 
     def model_config(self) -> ModelConfig:
-        """The model that the folder was computed with; what config.json does not say is in the shapes."""
+        """The configuration of the folder's model. Shapes give what config.json does not say."""
         c, shapes = self.config, self.shapes
         if c.get("adapter_type", "attn") != "attn" or c.get("visual_adapter_type", "router") != "router":
-            raise UserError(f"{self.path}: only adapter_type attn and visual_adapter_type router can be compared.")
-        up_width = shapes["layers.0.adapter_attn.conv_B.weight"][1]  # of a group
+            raise UserError(f"{self.path}: can compare only adapter_type attn and visual_adapter_type router.")
+        up_width = shapes["layers.0.adapter_attn.conv_B.weight"][1]  # of one group
         adapter = AdapterConfig(
             kind="mm",
             dim=c["adapter_dim"],
@@ -146,13 +147,13 @@ class Golden:
 
 
 def fill(name: str, shape: list[int], rule: str) -> torch.Tensor:
-    """One parameter's values by the rule in shared/golden/README.md, which goes by the authors' name and shape."""
+    """One parameter's values by the rule in shared/golden/README.md, which depends on the authors' name and shape."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     t = torch.randn(shape, generator=generator, dtype=torch.float32)
     if rule == "std002":
         return 1 + 0.02 * t if name.endswith(NORM_ENDINGS) else 0.02 * t
     if rule != "v1":
-        raise UserError(f"Unknown weight rule '{rule}': v1 and std002 are known.")
+        raise UserError(f"Unknown weight rule '{rule}'. Known are v1 and std002.")
     if name.endswith(NORM_ENDINGS):
         return 1 + 0.1 * t
     if t.ndim <= 1:
@@ -173,7 +174,7 @@ def theirs(name: str) -> str:
 
 
 def build(golden: Golden, mode: str) -> tuple[Lavin, Error]:
-    """The model with the folder's weights, and how well their sums agree with params.json."""
+    """The model with the folder's weights, and the error of their sums compared with params.json."""
     model = Lavin(golden.model_config(), compat=mode == "compat").eval()
     sums = {parameter["name"]: parameter["sum"] for parameter in golden.parameters}
     worst, where = 0.0, ""
@@ -181,7 +182,7 @@ def build(golden: Golden, mode: str) -> tuple[Lavin, Error]:
         for name, parameter in model.named_parameters():
             official = theirs(name)
             if official not in golden.shapes:
-                raise UserError(f"{golden.path / 'params.json'} lacks {official}, this model's {name}.")
+                raise UserError(f"{golden.path / 'params.json'} lacks {official}, which is {name} in our model.")
             values = fill(official, golden.shapes[official], golden.rule)
             error = abs(values.double().sum().item() - sums[official]) / values.double().abs().sum().item()
             worst, where = max((worst, where), (error, official))
@@ -196,7 +197,7 @@ def build(golden: Golden, mode: str) -> tuple[Lavin, Error]:
 
 
 def batch_of(golden: Golden, rows: list[int]) -> Batch:
-    """Samples of inputs.npz, laid out as the authors' model does."""
+    """Samples of inputs.npz, in the layout of the authors' model."""
     inputs, P = golden.inputs, golden.visual_tokens
     prefix = {True: inputs["prefix_img"], False: inputs["prefix_nonimg"]}
     indicators = [bool(inputs["indicators"][row]) for row in rows]
@@ -218,7 +219,7 @@ def batch_of(golden: Golden, rows: list[int]) -> Batch:
 
 
 def prompts_of(golden: Golden, generation: dict) -> Batch:
-    """The prompts of gen.json: BOS, prefix, visual tokens, prompt, on the images of inputs.npz."""
+    """The prompts of gen.json (BOS, prefix, visual tokens, prompt) with the images of inputs.npz."""
     inputs, indicators = golden.inputs, [bool(i) for i in generation["indicators"]]
     bos = int(inputs["ids"][0, 0])
     prompts = []
@@ -252,7 +253,7 @@ def _batch(ids, labels, lengths, images, indicators: list[bool], visual_start: i
 
 @contextmanager
 def watched(model: Lavin) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects what passes through the model inside: x_ND before and within each layer, routes, visual tokens."""
+    """Collects values inside the model: x_ND before and within each layer, routing weights, visual tokens."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep_input(key):
@@ -282,7 +283,7 @@ def watched(model: Lavin) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def compare_training(golden: Golden, model: Lavin, mode: str) -> Iterator[Error]:
-    """Loss, activations, routes, logits, gradients and the AdamW losses of the folder's batch."""
+    """Compares loss, activations, routing weights, logits, gradients and AdamW losses on the folder's batch."""
     expected = golden.arrays("train_cls" if mode == "default" else "train_reference")
     batch = batch_of(golden, list(range(len(golden.inputs["ids"]))))
     with watched(model) as seen:
@@ -305,7 +306,7 @@ def compare_activations(model: Lavin, batch: Batch, seen: dict, expected: dict, 
     M = 2
 
     def with_modality_token(x_ND):
-        """Rows as computed here (each modality token once) to the authors' [B, 1 + T, D]."""
+        """Converts our rows (each modality token once) to the authors' [B, 1 + T, D]."""
         return torch.cat([x_ND[:M][modality_B][:, None], x_ND[M:].unflatten(0, (B, T))], dim=1)
 
     hidden = [Error(mode, "hidden states", "hidden states", 0.0)]
@@ -323,7 +324,7 @@ def compare_activations(model: Lavin, batch: Batch, seen: dict, expected: dict, 
             routes_vision.append(Error(mode, "routing weights, ViT", "routing", _largest(seen[key], want), key))
     yield max(hidden, key=_badness)
     yield max(routes, key=_badness)
-    if len(routes_vision) > 1:  # only the reference's are in the folder
+    if len(routes_vision) > 1:  # the folder has them only in compat mode
         yield max(routes_vision, key=_badness)
 
     has_image = batch.image_B >= 0
@@ -347,12 +348,12 @@ def compare_activations(model: Lavin, batch: Batch, seen: dict, expected: dict, 
 
 
 def compare_gradients(golden: Golden, model: Lavin, expected: dict, mode: str) -> Error:
-    """The worst tensor's error relative to its norm: of the whole gradient where the folder has it (compat), else
-    of its norm and first values."""
+    """The error of the worst tensor, relative to its norm. Compares whole gradients if the folder has them (compat),
+    otherwise their norms and first values."""
     gradients = {theirs(name): p.grad.double().flatten().numpy() for name, p in model.trainable().items()}
     norms = dict(zip(expected["grad_names"].tolist(), expected["grad_norms"].tolist(), strict=True))
     if set(norms) != set(gradients):
-        raise UserError(f"{golden.path}: gradients are of other tensors than this model's trainable ones.")
+        raise UserError(f"{golden.path}: its gradients are not those of our model's trainable tensors.")
     whole = golden.arrays("grads_full") if mode == "compat" else {}
     errors = []
     for name, got in gradients.items():
@@ -369,10 +370,12 @@ def compare_gradients(golden: Golden, model: Lavin, expected: dict, mode: str) -
 
 
 def compare_adamw(golden: Golden, model: Lavin, batch: Batch, expected: dict, mode: str) -> Error:
-    """Trains on the one batch as the folder did; weights end up changed."""
+    """Compares the losses of training on the one batch. Changes the model's weights."""
     settings, want = golden.optimizer, expected["adamw_losses_torch"]
     if settings["schedule"] != "constant":
-        raise UserError(f"{golden.path / 'config.json'}: schedule {settings['schedule']} is not known, only constant.")
+        raise UserError(
+            f"{golden.path / 'config.json'}: unknown schedule {settings['schedule']}; only constant is supported."
+        )
     decays = {parameter["name"]: parameter["decay"] for parameter in golden.parameters}
     trainable = model.trainable()
     groups = [
@@ -398,7 +401,7 @@ def compare_adamw(golden: Golden, model: Lavin, batch: Batch, expected: dict, mo
 
 
 def compare_alone(golden: Golden, model: Lavin) -> Iterator[Error]:
-    """Each sample in a batch of its own, and the batch in another order: compat mode's numbers depend on both."""
+    """Compares losses of samples alone and of batches in another order. In compat mode, losses depend on both."""
     expected = golden.arrays("train_reference_batch1")
     with torch.no_grad():
         alone = [mean_loss(model, batch_of(golden, [row])).item() for row in range(len(expected["losses"]))]
@@ -412,14 +415,14 @@ def compare_alone(golden: Golden, model: Lavin) -> Iterator[Error]:
 
 @torch.no_grad()
 def compare_generation(golden: Golden, model: Lavin, mode: str) -> Iterator[Error]:
-    """Greedy decoding from the cache, and the logits within longer prompts.
+    """Compares greedy decoding from the cache, and the logits inside longer prompts.
 
-    The authors read the shortest prompt's length of all prompts at once, then a token a call, which longer prompts
-    prescribe. Here prompts are read whole, so that call k of theirs is a place in a prompt (a row of the uncached
-    forward) or decoding step k - (prompt length - shortest).
+    The authors first process as many tokens of each prompt as the shortest prompt has. Then they process one token per
+    call; for longer prompts, that is the next prompt token. We process whole prompts. So their call k is a position in
+    the prompt (a row of the uncached forward) or our decoding step k - (prompt length - shortest).
 
-    model: a compat one; in default mode without its shift, because gen_rope_fixed differs from gen_reference in the
-    positions alone: its ViT still routes by the batch's first image.
+    model: in compat mode. In default mode its shift is switched off, because gen_rope_fixed differs from gen_reference
+    only in the positions: its ViT still routes by the first image of the batch.
     """
     model.shifted_decoding = mode == "compat"
     expected = golden.arrays("gen_rope_fixed" if mode == "default" else "gen_reference")
@@ -452,7 +455,7 @@ def compare_generation(golden: Golden, model: Lavin, mode: str) -> Iterator[Erro
 
 @torch.no_grad()
 def compare_cached(golden: Golden, model: Lavin) -> Iterator[Error]:
-    """Default mode against itself: each decoding step's logits are those of a forward over all it had read."""
+    """Compares the logits of each decoding step with those of one uncached forward pass. Default mode only."""
     batch = prompts_of(golden, _json(golden.path / "gen.json"))
     steps = 8
     chosen, decoded = greedy(model, batch, steps)
@@ -478,7 +481,7 @@ def greedy(model: Lavin, batch: Batch, steps: int) -> tuple[list[torch.Tensor], 
     ids, logits = [], []
     while len(ids) < steps:
         reads = Reads(cache, range(len(lengths)), [1] * len(lengths) if ids else lengths)
-        # The authors put tokens behind the shortest prompt's length one position too early.
+        # The authors' positions are one too low after the shortest prompt's length.
         early_N = (reads.index_N >= min(lengths)).long() if model.shifted_decoding else 0
         modality_MD = model.modality() if model.modality is not None else None
         h_ND = model.llm(x_ND[None], modality_MD, modality_B, reads.index_N + 1 - early_N, reads=reads)[0]
@@ -490,10 +493,10 @@ def greedy(model: Lavin, batch: Batch, steps: int) -> tuple[list[torch.Tensor], 
 
 
 def run(path: Path) -> list[Error]:
-    """Every comparison of a folder.
+    """Runs every comparison of a folder.
 
     Raises:
-        UserError: the folder lacks a file or describes a model that is not compared here.
+        UserError: the folder lacks a file or describes a model that cannot be compared.
     """
     golden = Golden.read(path)
     initialize_single_process()
@@ -506,7 +509,7 @@ def run(path: Path) -> list[Error]:
         elif (path / "train_reference_batch1.npz").is_file():
             errors += compare_alone(golden, model)
         errors += compare_generation(golden, build(golden, "compat")[0], mode)
-        errors += compare_training(golden, model, mode)  # last: it trains the model
+        errors += compare_training(golden, model, mode)  # last, because it trains the model
     return errors
 
 
@@ -514,13 +517,13 @@ def main(
     golden_dir: Annotated[Path, typer.Argument(help="Folder of golden tensors.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the errors as JSON.")] = False,
 ) -> None:
-    """Compare LaVIN here with the LaVIN authors' implementation."""
+    """Compare our LaVIN with the LaVIN authors' implementation."""
     try:
         try:
             errors = run(golden_dir)
         except KeyError as error:
             raise UserError(
-                f"{golden_dir} lacks {error} in one of its files: the layout is that of shared/golden/README.md."
+                f"{golden_dir} lacks {error} in one of its files. The layout must be that of shared/golden/README.md."
             ) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -561,9 +564,9 @@ def _json(path: Path) -> dict | list:
 
 
 def _largest(got: torch.Tensor, want: np.ndarray) -> float:
-    """Largest absolute difference; NaN if there is one anywhere."""
+    """The largest absolute difference; NaN if any value is NaN."""
     if tuple(got.shape) != want.shape:
-        raise UserError(f"Golden tensor of shape {list(want.shape)} where this model has {list(got.shape)}.")
+        raise UserError(f"A golden tensor has shape {list(want.shape)}, but our model's has {list(got.shape)}.")
     return _worst(np.abs(got.double().numpy() - want))
 
 

@@ -1,21 +1,22 @@
-"""Proves on one GPU what was built without one: ten minutes, no network, no files, weights drawn on the device.
+"""Checks on one GPU what was built without one. Ten minutes, no network, no files: weights are random.
 
     pip install -r benchmarks/gpu-requirements.txt
     python benchmarks/gpu.py --json | tee gpu.jsonl
     python benchmarks/gpu.py --sections speed,memory --budget 300
 
-Sections, each against a named baseline in the same run:
+Each section compares with a named baseline in the same run:
 
-    numerics    loss and gradients in bf16 against fp32, on the same weights
-    attention   packed rows in one attention call and in a loop over samples, and padded ones: kernels, time of a step,
-                gradients; reading from a cache in one call and in a loop
-    speed       tokens a second and share of the peak rate against the prediction; the authors' way beside ours
+    numerics    loss and gradients in bf16 against fp32, with the same weights
+    attention   packed rows in one attention call, in a loop over samples, and padded rows: kernels, step time,
+                gradients; then reading from a cache in one call and in a loop
+    speed       tokens per second of our step and of the authors'; share of the peak rate against the prediction
     decoding    the generation engine against transformers' generate
-    memory      measured peak against the simulated one, for eight settings; the authors' way among them
+    memory      measured peak against the simulated one, for eight settings, one of them the authors' step
 
-Every result is printed as one JSON line as soon as it is known, so that a run that is cut keeps what it had. A section
-that fails says so in a line and the next one goes on; each has its share of the budget. Without a GPU it runs on small
-shapes: then only the device is new when there is one. Exit code 1 if a section failed or a result is out of its bound.
+Every result is printed as one JSON line as soon as it is known, so an interrupted run keeps its results. A section that
+fails prints a line, and the next section starts. Each section has its share of the time budget. Without a GPU, small
+shapes run on the CPU, so that on a GPU only the device is new. The exit code is 1 if a section failed or a result is
+outside its bound.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LENGTH = 512 if CUDA else 64
 PUBLISHED = PublishedOptions(pad_to=LENGTH)
-BF16_LOSS, BF16_GRADIENT = 0.01, 0.10  # bf16 may differ from fp32 by that share of the loss, and of the gradients' norm
-MEMORY_OFF = 0.10  # a measured peak may differ from the simulated one by that share
+BF16_LOSS, BF16_GRADIENT = 0.01, 0.10  # allowed relative difference from fp32: of the loss, of the gradients' norm
+MEMORY_OFF = 0.10  # allowed relative difference of the measured peak from the simulated one
 SHARES = {"numerics": 0.1, "attention": 0.1, "speed": 0.3, "decoding": 0.15, "memory": 0.35}  # of the budget
 DECODED = {"prompt_tokens": 256, "new_tokens": 64} if CUDA else {"prompt_tokens": 12, "new_tokens": 4}
 
@@ -73,7 +74,7 @@ Results = Iterator[dict]
 
 
 def recipe(size: str, *overrides: str) -> RunConfig:
-    """The recipe lavin-SIZE on one GPU; on a CPU the tiny one, in bf16 too."""
+    """The recipe lavin-SIZE on a GPU; on a CPU the tiny recipe, also in bf16."""
     if CUDA:
         return load_recipe(f"lavin-{size}", ["deepspeed=zero0", *overrides])
     small = ["model.frozen_dtype=bf16", "model.llm.n_layers=2", f"data.max_length={LENGTH}", "training.micro_batch=4"]
@@ -86,7 +87,7 @@ def sizes() -> tuple[str, ...]:
 
 
 def drawn(config: RunConfig, make: Callable[..., Lavin] = Lavin) -> Lavin:
-    """The model with random weights made on the device, the same ones for the same seed."""
+    """The model with random weights, made on the device from seed 0."""
     model = build_on_meta(config, make).to_empty(device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def drawn(config: RunConfig, make: Callable[..., Lavin] = Lavin) -> Lavin:
 
 
 def micro_batches(model: ModelConfig, samples: int, packing: bool, in_order: bool = False) -> list[Batch]:
-    """A step of so many samples with ScienceQA's lengths, dealt as in training, or in the order they come."""
+    """The micro-batches of `samples` samples with ScienceQA's lengths, dealt as in training or in the given order."""
     scale = LENGTH / 512
     lengths = [max(16, round(length * scale)) for length in real_lengths(samples)]
     rows, images = make_samples(model, lengths, image_fraction=0.49)
@@ -115,7 +116,7 @@ def micro_batches(model: ModelConfig, samples: int, packing: bool, in_order: boo
 
 
 def backward(model: Lavin, batches: list[Batch]) -> float:
-    """Adds the gradients of a step's mean loss; returns the loss."""
+    """Adds the gradients of a step's mean loss and returns the loss."""
     labels = sum(int((batch.labels_BT != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
@@ -127,7 +128,7 @@ def backward(model: Lavin, batches: list[Batch]) -> float:
 
 @dataclass
 class Step:
-    """An optimizer step that can be timed: it returns once the device is done."""
+    """An optimizer step that can be timed: it returns when the device has finished."""
 
     model: Lavin
     batches: list[Batch]
@@ -148,12 +149,12 @@ def wait() -> None:
 
 
 def positions(batches: list[Batch]) -> int:
-    """Positions of all samples, modality tokens included and padding not."""
+    """Positions of all samples, with modality tokens and without padding."""
     return sum(int((batch.lengths_B + 1).sum()) for batch in batches)
 
 
 def numerics() -> Results:
-    """bf16 against fp32 with the same weights, without dropout, at 7B's width and 8 of its layers."""
+    """bf16 against fp32 with the same weights, without dropout, at 7B's width with 8 layers."""
     config = recipe("7b", "model.llm.n_layers=8")
     batches = micro_batches(config.model, MICRO_BATCH, packing=True)
     half = drawn(config).eval()
@@ -200,7 +201,7 @@ def attention() -> Results:
         with torch.profiler.profile(activities=activities) as profiler:
             step()
         named = {event.key for event in profiler.key_averages() if re.search("attention|attn", event.key)}
-        kernels[name] = sorted(named - {"aten::scaled_dot_product_attention"})  # which only chooses among the others
+        kernels[name] = sorted(named - {"aten::scaled_dot_product_attention"})  # it only chooses one of the others
     seconds = {name: min(all) for name, all in interleaved(steps, 5 if CUDA else 1).items()}
 
     def gradients() -> torch.Tensor:
@@ -268,7 +269,7 @@ def _off(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def speed() -> Results:
-    """A step of 16 samples of real lengths: ours, the authors' way, and what the cost model predicts of ours."""
+    """A step of 16 samples with real lengths: ours, the authors', and the cost model's prediction of ours."""
     for size in sizes():
         config = recipe(size)
         model, samples = drawn(config), 16 if CUDA else 4
@@ -278,7 +279,7 @@ def speed() -> Results:
             "published": Step(theirs, micro_batches(config.model, samples, packing=False, in_order=True)),
         }
         for step in steps.values():
-            step()  # allocates and picks kernels
+            step()  # warm-up: allocates memory and chooses kernels
         with FlopCounterMode(display=False) as counter:
             steps["ours"]()
         seconds = {name: statistics.median(all) for name, all in interleaved(steps, 3).items()}
@@ -315,7 +316,7 @@ def _as_published(config: RunConfig, model: Lavin) -> PublishedLavin:
 
 
 def decoding() -> Results:
-    """Greedy answers to 8 prompts of random ids: the engine (with adapters) and transformers (without)."""
+    """Greedy answers to 8 prompts of random ids: our engine with adapters, transformers without."""
     llm, prompts = recipe("7b").model.llm, 8
     ids_BT = np.random.default_rng(0).integers(10, llm.vocab_size, (prompts, DECODED["prompt_tokens"]))
     rates = {}
@@ -368,7 +369,7 @@ def _transformers_rate(ids_BT: np.ndarray, new_tokens: int) -> float:
 
 
 def _tokens_per_second(generate: Callable[[], int]) -> float:
-    """Of the second of two runs, prompts' reading included."""
+    """Generated tokens per second in the second of two runs, including the time to process the prompts."""
     for _ in range(2):
         began = time.perf_counter()
         tokens = generate()
@@ -377,7 +378,7 @@ def _tokens_per_second(generate: Callable[[], int]) -> float:
 
 
 def memory() -> Results:
-    """Measured and simulated peak of an optimizer step at full length, images and labels everywhere."""
+    """Measured and simulated peak of an optimizer step on the worst micro-batch of eight settings."""
     settings = {
         "7b": ("7b", []),
         "7b, padded": ("7b", ["training.packing=false"]),
@@ -403,9 +404,9 @@ def memory() -> Results:
 
 
 def _peak(config: RunConfig, workload: Workload, make: Callable[..., Lavin]) -> int:
-    """Bytes of tensors at the peak of the second step. On a CPU torch counts none: what the tracker sees stands in.
+    """Bytes of tensors at the peak of the second step. On a CPU torch does not count, so the tracker does.
 
-    Two micro-batches, so that the second one is computed while the gradients of the first are held.
+    There are two micro-batches: the second is computed while the gradients of the first are held.
     """
     batch = make_batch(config.model, workload, config.training.packing)
     if not CUDA:
@@ -429,7 +430,7 @@ SECTIONS = {one.__name__: one for one in (numerics, attention, speed, decoding, 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block when the time is over."""
+    """Raises TimeoutError in the block after `seconds`."""
 
     def stop(*_) -> None:
         raise TimeoutError(f"stopped after its {seconds:.0f} s")
@@ -460,14 +461,14 @@ def _short(value: object) -> str:
 
 
 def main(
-    sections: Annotated[str, typer.Option(help="Which, with commas between them.")] = ",".join(SECTIONS),
+    sections: Annotated[str, typer.Option(help="Sections to run, separated by commas.")] = ",".join(SECTIONS),
     budget: Annotated[float, typer.Option(help="Seconds for all sections.")] = 540,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Prove on one GPU what was built without one."""
+    """Check on one GPU what was built without one."""
     chosen = sections.split(",")
     if unknown := set(chosen) - set(SECTIONS):
-        raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
     if not CUDA:
         torch.set_num_threads(1)
     report({"section": "environment", **environment()}, as_json)
@@ -479,7 +480,7 @@ def main(
                 for result in SECTIONS[name]():
                     failed |= not result.get("ok", True)
                     report({"section": name, **result}, as_json)
-        except Exception as error:  # the next section goes on whatever happened in this one
+        except Exception as error:  # a failure must not stop the next section
             failed = True
             trace = traceback.format_exc().splitlines()[-12:]
             report({"section": name, "ok": False, "error": f"{type(error).__name__}: {error}", "trace": trace}, as_json)

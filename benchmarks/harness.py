@@ -1,6 +1,6 @@
-"""What the benchmarks share: quiet output, malloc settings, interleaved timing, JSON and the line that says where.
+"""Shared by the benchmarks: quiet output, malloc settings, interleaved timing, tables, JSON and the environment.
 
-Import it before torch and DeepSpeed: it sets environment variables that they read when they are loaded.
+Import it before torch and DeepSpeed. It sets environment variables that they read when they are imported.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints "USDT:" lines below that
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # at lower levels torch's profiler prints "USDT:" lines
 if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns on stdout that there is no GPU
 
-# For the environment of a process: glibc reads them when it starts (mallopt(3)).
-# Freed memory goes back to the system at once, so that the resident set follows single tensors.
+# Environment variables for a process. glibc reads them when the process starts (mallopt(3)).
+# Freed memory is returned to the system at once, so the resident set follows single tensors.
 MALLOC_THAT_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-# Freed memory is kept for the next tensor, as a GPU's allocator does: no time goes into page faults.
+# Freed memory is kept for the next tensor, as by a GPU's allocator, so no time is spent on page faults.
 MALLOC_THAT_KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 
 
 def restart_with(variables: Mapping[str, str]) -> None:
-    """Starts this script again with these environment variables, unless it has them already."""
+    """Starts this script again with these environment variables, unless they are already set."""
     if not variables.items() <= os.environ.items():
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a result belongs to."""
+    """The machine and the package versions of a result."""
     import torch
 
     import lavin_ds
@@ -60,9 +60,9 @@ def environment() -> dict[str, Any]:
 def interleaved(
     cases: Mapping[str, Callable[[], Any]], repetitions: int, tell: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of every case. The cases take turns, so that a slow minute hits all of them.
+    """Seconds of every repetition of every case. The cases take turns, so a slow minute affects all of them.
 
-    `tell(name)` is called before each. Take the minimum: what else the machine does only adds.
+    `tell(name)` is called before each repetition. Use the minimum, because other work on the machine only adds time.
     """
     seconds = {name: [] for name in cases}
     for _ in range(repetitions):
@@ -75,7 +75,7 @@ def interleaved(
 
 
 def show(result: dict[str, Any], as_json: bool, *parts: Table | str) -> None:
-    """Prints `result` as JSON with the environment in it, or the tables and sentences with a line for it."""
+    """Prints `result` and the environment as JSON, or prints `parts` and then the environment in one line."""
     where = environment()
     if as_json:
         print(json.dumps({"environment": where} | result, indent=2))
@@ -87,7 +87,7 @@ def show(result: dict[str, Any], as_json: bool, *parts: Table | str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+    """A table. Its first column is text, the others are numbers."""
     made = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left")
@@ -102,7 +102,7 @@ def _cpu_model() -> str:
 
 
 def _revision() -> str | None:
-    """The commit of the checkout, with + if files differ from it; None without git."""
+    """The commit of the checkout, with a + if files differ from it. None without git."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,12 +1,13 @@
-"""Whether anything is lost when a run is killed: twenty times, at random moments, at random places.
+"""Checks that nothing is lost if a run is killed: twenty times, at random moments and places.
 
     python benchmarks/kill.py [--kills 20] [--epochs 15] [--seed 0] [--json]
 
-Trains the shipped tiny base on two ranks twice, with dropout and validation. The first run goes through. The second is
-sent SIGKILL again and again: to a rank, to one of DeepSpeed's two launchers or to `lavin-ds train` itself, up to three
-seconds into its steps, or while it still starts. Each time nothing may be left running, and `--resume auto` goes on.
+Trains the shipped tiny base twice on two ranks, with dropout and validation. The first run is not interrupted. The
+second is killed with SIGKILL again and again: a rank, one of DeepSpeed's two launchers, or `lavin-ds train` itself, up
+to three seconds after its first new step or while it starts. Each time, no process may be left running, and `--resume
+auto` continues the run.
 
-Exit code 1 unless at the end the adapters, and every loss on the way, are bit for bit those of the first run.
+The exit code is 1 unless the final adapters and the loss of every step are bit-identical to those of the first run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout that it found no other
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints a warning to stdout
 
 import psutil
 import torch
@@ -43,26 +44,29 @@ from lavin_ds.training.checkpoint import list_steps
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
 PLACES = ("a rank", "inner launcher", "outer launcher", "lavin-ds train")
-# Of the command lines; a launcher has other children too, for moments: compilers that it asks for their version.
+# Words in command lines that identify processes. A launcher has other short-lived children, such as compilers.
 WORDS = {
     "a rank": "launch/train.py",
     "inner launcher": "deepspeed.launcher.launch",
     "outer launcher": "deepspeed.launcher.runner",
 }
-INTO_STEPS = 3  # seconds
-START_SHARE = 0.2  # of the kills that come while the run still starts
+INTO_STEPS = 3  # seconds after the first new step, at most
+START_SHARE = 0.2  # share of kills while the run is starting
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Kill:
-    """step: done when it came; resumes_from: of the newest checkpoint it left; gone_after: seconds till nothing ran."""
+    """One kill. step: the last step done; resumes_from: the step of the newest checkpoint.
+
+    gone_after: seconds until no process ran.
+    """
 
     place: str
     seconds_after_start: float
     step: int
     resumes_from: int
-    gone_after: float | None  # None: something still ran after 20 seconds
+    gone_after: float | None  # None if a process still ran after 20 seconds
 
 
 def make_data(folder: Path) -> Path:
@@ -93,7 +97,7 @@ def steps_of(run: Path) -> int:
 
 
 def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -> Kill | None:
-    """Waits for the moment and kills; None if the run ended before."""
+    """Waits for a random moment and kills. None if the run ended before."""
     began = time.monotonic()
     before = steps_of(run)
     if rng.random() < START_SHARE:
@@ -108,7 +112,7 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
     tree = [root, *root.children(recursive=True)]
     victims = {name: outermost([one for one in tree[1:] if runs(one, word)]) for name, word in WORDS.items()}
     victims["lavin-ds train"] = [root]
-    if not victims[place]:  # does not exist yet
+    if not victims[place]:  # the process does not exist yet
         place = [name for name in reversed(PLACES) if victims[name]][-1]
     victim = rng.choice(victims[place])
     with suppress(psutil.NoSuchProcess):
@@ -127,7 +131,7 @@ def kill(process: subprocess.Popen, run: Path, place: str, rng: random.Random) -
 
 
 def outermost(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that are no child of another: between fork and exec a helper still bears its parent's command line."""
+    """The processes without those whose parent is one of them: before exec, a child has its parent's command line."""
     pids = {process.pid for process in processes}
     found = []
     for process in processes:
@@ -159,19 +163,19 @@ def measure(folder: Path, kills: int, epochs: float, seed: int) -> dict:
     rng = random.Random(seed)
     shards = make_data(folder)
     whole, killed = folder / "whole", folder / "killed"
-    with console.status("the run that goes through"):
+    with console.status("the uninterrupted run"):
         began = time.monotonic()
         finish(start(shards, whole, epochs), whole)
         seconds = time.monotonic() - began
     done: list[Kill] = []
-    with console.status("the run that is killed") as status:
+    with console.status("the killed run") as status:
         while len(done) < kills:
             result = kill(process := start(shards, killed, epochs), killed, PLACES[len(done) % len(PLACES)], rng)
             if result is None:
                 finish(process, killed)
                 sys.exit(f"the run ended after {len(done)} kills: give more --epochs")
             done.append(result)
-            status.update(f"the run that is killed: {len(done)} of {kills}, at step {result.step}")
+            status.update(f"the killed run: {len(done)} of {kills} kills, at step {result.step}")
         finish(start(shards, killed, epochs), killed)
     first, second = (load_file(run / "adapter.safetensors") for run in (whole, killed))
     losses = [[m["loss"] for m in read_metrics(run / "metrics.jsonl")] for run in (whole, killed)]
@@ -190,7 +194,7 @@ def measure(folder: Path, kills: int, epochs: float, seed: int) -> dict:
 
 def show(result: dict) -> None:
     table = Table(title=f"{len(result['kills'])} kills in a run of {result['steps']} steps", title_justify="left")
-    for name in ("Killed", "After", "At step", "Goes on from", "All gone in"):
+    for name in ("Killed", "After", "At step", "Resumes from", "All gone after"):
         table.add_column(name, justify="left" if name == "Killed" else "right")
     for one in result["kills"]:
         gone = "NEVER" if one["gone_after"] is None else f"{one['gone_after']:.1f} s"
@@ -206,12 +210,12 @@ def show(result: dict) -> None:
 
 
 def main(
-    kills: Annotated[int, typer.Option(help="How often.")] = 20,
-    epochs: Annotated[float, typer.Option(help="Of 20 steps each; enough for all the kills.")] = 15,
-    seed: Annotated[int, typer.Option(help="Of the moments and places.")] = 0,
+    kills: Annotated[int, typer.Option(help="Number of kills.")] = 20,
+    epochs: Annotated[float, typer.Option(help="Epochs of 20 steps; must be enough for all kills.")] = 15,
+    seed: Annotated[int, typer.Option(help="Seed of the moments and places.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Kills a run again and again and compares its end with an uninterrupted one's."""
+    """Kill a run again and again and compare its result with that of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), kills, epochs, seed)
     if as_json:

@@ -1,20 +1,21 @@
-"""Host memory while a sharded LLaMA checkpoint loads, beside the bytes that stay.
+"""Measures host memory while a sharded LLaMA checkpoint loads, and compares it with the bytes of the loaded model.
 
     python benchmarks/load.py [--layers N] [--folder DIR] [--json]
 
 Writes a synthetic LLaMA (width 1024, bf16; 236 MB with 4 layers) as Meta's two shards and as Hugging Face's
-safetensors, and loads each in processes of its own.
+safetensors, and loads each in new processes.
 
-On a CPU, on one rank and on two tensor-parallel ranks. The baseline is what most training scripts do: torch.load every
-shard, concatenate, load_state_dict. Ours may hold what stays and the mapped pages of the largest tensor.
+On a CPU: one rank, and two tensor-parallel ranks. The baseline is what most training scripts do: torch.load every
+shard, concatenate, load_state_dict. We may hold the loaded weights and the mapped pages of the largest tensor.
 
-On a simulated GPU, eight ranks that each load the whole model. The baseline builds and fills it in host memory and then
-moves it. There is no GPU here: a rank's device is a mapped file, whose pages leave the resident set after every
-tensor. So a peak counts up to one tensor that would be on the device, and one tensor of mapped source pages, which
-all ranks share. Ours may hold no more than these two. Not simulated: a CUDA context, and how its driver copies.
+On simulated GPUs: eight ranks that each load the whole model. The baseline builds and fills the model in host memory
+and then moves it. There is no GPU here, so a rank's device is a mapped file. Its pages are removed from the resident
+set after every tensor. So a peak counts up to one tensor that would be on the device, and one tensor of mapped source
+pages, which all ranks share. We may hold no more than these two. A CUDA context and the copies of its driver are not
+simulated.
 
-Measured is the resident set (VmHWM, reset before the load) above what the process held before building the model.
-Exit code 1 if one of ours holds more than it may.
+The measurement is the peak resident set (VmHWM, reset before the load) minus the resident set before the model is
+built. The exit code is 1 if our loading holds more than it may.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ from lavin_ds.parallel import initialize_tensor_parallel
 from lavin_ds.weights.llama import HuggingFaceLlama, llama_shapes, load_llama
 from lavin_ds.weights.tensor_files import give_back_pages
 
-BESIDE = 16_000_000  # bytes: what Python and the allocator may grow by meanwhile
+BESIDE = 16_000_000  # bytes that Python and the allocator may grow by during the load
 META_SHARDS = 2
-META_SPLIT = {"wo": 1, "w2": 1, "tok_embeddings": 1}  # the other matrices along dimension 0
-SAFETENSORS_BYTES = 150_000_000  # a file
+META_SPLIT = {"wo": 1, "w2": 1, "tok_embeddings": 1}  # dimension that a matrix is split along; 0 for all others
+SAFETENSORS_BYTES = 150_000_000  # per file
 
 
 def config_of(layers: int) -> LlamaConfig:
@@ -97,7 +98,7 @@ def write_huggingface(folder: Path, config: LlamaConfig) -> None:
 
 
 def load_naively(model: Llama, folder: Path) -> None:
-    """The baseline: everything in memory at once."""
+    """The baseline: holds everything in memory at once."""
     shards = [torch.load(file, weights_only=True) for file in sorted(folder.glob("consolidated.*.pth"))]
     state = {}
     for name, tensor in shards[0].items():
@@ -108,7 +109,7 @@ def load_naively(model: Llama, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One way of loading. `device`: into a simulated GPU."""
+    """One way of loading. device: whether the target is a simulated GPU."""
 
     name: str
     ranks: int
@@ -135,7 +136,7 @@ def build(layers: int) -> Llama:
 
 
 def move(model: Llama, file: Path) -> torch.Tensor:
-    """Gives every parameter a place in a mapped file, the simulated device, and its values if it has some."""
+    """Moves every parameter to a mapped file, the simulated device. Meta parameters have no values to move."""
     size = sum(parameter.numel() for parameter in model.parameters())
     device = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
     place = 0
@@ -151,12 +152,12 @@ def move(model: Llama, file: Path) -> torch.Tensor:
 
 
 def measure(rank: int, case: Case, folder: Path, layers: int, work: Path) -> None:
-    """One process: builds and loads, and writes what it kept, its peak and its seconds."""
+    """One process: builds and loads, then writes the bytes it kept, its peak and its seconds."""
     store = dist.FileStore(str(work / "store"), case.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timedelta(minutes=5))
     initialize_tensor_parallel(case.tensor_parallel)
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident("VmRSS"), time.perf_counter()
     if case.baseline:
         model = build(layers)
@@ -185,13 +186,13 @@ def measure(rank: int, case: Case, folder: Path, layers: int, work: Path) -> Non
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """VmRSS or VmHWM of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def run_case(case: Case, parent: Path, layers: int) -> dict:
-    """Measures one way of loading; of several ranks the one with the highest peak counts."""
+    """Measures one way of loading. Reports the rank with the highest peak."""
     with tempfile.TemporaryDirectory(dir=parent) as work:
         arguments = (case, parent / case.layout, layers, Path(work))
         torch.multiprocessing.spawn(measure, arguments, nprocs=case.ranks)
@@ -209,7 +210,7 @@ def run_case(case: Case, parent: Path, layers: int) -> dict:
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="Layers of the synthetic model; 26 MB each.")] = 4,
+    layers: Annotated[int, typer.Option(help="Layers of the synthetic model, 26 MB each.")] = 4,
     folder: Annotated[Path | None, typer.Option(help="Where to write it; removed afterwards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
@@ -222,7 +223,7 @@ def main(
     finally:
         shutil.rmtree(parent)
     passed = all(case["passed"] for case in cases)
-    columns = ("", "ranks", "kept a rank", "peak a rank", "ratio", "peak of all", "seconds")
+    columns = ("", "ranks", "kept per rank", "peak per rank", "ratio", "sum of peaks", "seconds")
     rows = [
         (
             case["name"],

@@ -1,15 +1,15 @@
-"""What the reading half costs: padding and waiting, rows per second, and the time to start in the middle of an epoch.
+"""Measures sampler and reader: padding and waiting, rows per second, and the time to start within an epoch.
 
     python benchmarks/loader.py [--rows N] [--data SHARDS] [--folder DIR] [--json]
 
-1. Tokens that count per token computed, and how evenly ranks work, at a global batch of 32 and micro-batches of 4,
-   each way to make micro-batches beside the authors' (every sample padded to 512). Lengths are those of SHARDS' train
-   split, or else the profile's assumed ones of ScienceQA.
-2. Random rows per second, read and collated by two processes from a set of N rows (default 210,000) and from one a
-   tenth its size: the same rate means a row is read in O(1).
-3. Seconds from nothing opened to the first batch, at the start and in the middle of an epoch of the N rows.
+1. The share of computed tokens that are not padding, and how evenly ranks work, with a global batch of 32 and
+   micro-batches of 4. Several ways to make micro-batches are compared with the authors' (every sample padded to 512).
+   Lengths are those of SHARDS' train split, or else the lengths that the profiler assumes for ScienceQA.
+2. Random rows per second, read and collated by two processes, from a set of N rows (default 210,000) and from a set a
+   tenth of that size. If the rates are equal, reading a row takes O(1).
+3. Seconds until the first batch, with nothing opened before, at the start and in the middle of an epoch of N rows.
 
-Exit code 1 if, on one rank, less than 0.90 of the tokens count, or if a start takes a second or more.
+The exit code is 1 if on one rank less than 0.90 of the tokens are not padding, or if a start takes a second or more.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ Cut = Callable[[np.ndarray, np.ndarray, np.ndarray, int], list[list[np.ndarray]]
 
 
 def in_order(chosen, lengths, has_image, ranks) -> list[list[np.ndarray]]:
-    """MICRO_BATCH samples each, as they come."""
+    """Micro-batches of MICRO_BATCH samples in the given order."""
     pieces = np.split(chosen, len(chosen) // MICRO_BATCH)
     return [pieces[rank::ranks] for rank in range(ranks)]
 
 
 def by_count(chosen, lengths, has_image, ranks) -> list[list[np.ndarray]]:
-    """MICRO_BATCH samples each, sorted by length: what this project did before it cut by work."""
+    """Micro-batches of MICRO_BATCH samples, sorted by length."""
     return in_order(chosen[np.argsort(-lengths[chosen], kind="stable")], lengths, has_image, ranks)
 
 
@@ -76,7 +76,9 @@ def to_longest(lengths: np.ndarray) -> int:
     return len(lengths) * int(lengths.max())
 
 
-METHODS: dict[str, tuple[Cut, Callable[[np.ndarray], int]]] = {  # how samples are dealt, tokens of a micro-batch
+METHODS: dict[
+    str, tuple[Cut, Callable[[np.ndarray], int]]
+] = {  # how samples are dealt; computed tokens of a micro-batch
     "as they come, padded to 512 (authors)": (in_order, lambda lengths: MICRO_BATCH * (MAX_LENGTH - 1)),
     "as they come, padded to the longest": (in_order, to_longest),
     "sorted, equal counts": (by_count, to_longest),
@@ -86,7 +88,7 @@ METHODS: dict[str, tuple[Cut, Callable[[np.ndarray], int]]] = {  # how samples a
 
 
 def padding(lengths: np.ndarray, has_image: np.ndarray) -> Iterator[dict]:
-    """Every method at every number of ranks, over the same STEPS global batches."""
+    """Results of every method with every number of ranks, over the same STEPS global batches."""
     for ranks in RANKS:
         for name, (cut, tokens_of) in METHODS.items():
             counted = computed = slowest = largest = 0
@@ -96,7 +98,7 @@ def padding(lengths: np.ndarray, has_image: np.ndarray) -> Iterator[dict]:
                 work = np.array([[tokens_of(lengths[piece]) for piece in part] for part in dealt])
                 counted += lengths[chosen].sum()
                 computed += work.sum()
-                slowest += work.max(0).sum()  # at every micro-batch all ranks wait for one
+                slowest += work.max(0).sum()  # in every micro-batch all ranks wait for the slowest
                 largest = max(largest, work.max())
             yield {
                 "ranks": ranks,
@@ -109,7 +111,7 @@ def padding(lengths: np.ndarray, has_image: np.ndarray) -> Iterator[dict]:
 
 
 def write_set(folder: Path, rows: int) -> Path:
-    """A shard directory of text rows with ScienceQA's lengths; its tokens are random."""
+    """A shard directory of text rows with ScienceQA's lengths and random tokens."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lengths = rng.choice(scienceqa(MAX_LENGTH).lengths - 7, rows)
@@ -157,7 +159,7 @@ def write_set(folder: Path, rows: int) -> Path:
 
 
 def read_at_random(folder: Path, seed: int, batches: int, seconds) -> None:
-    """One process: collates `batches` batches of random rows and sends how long it took."""
+    """One process: collates `batches` batches of random rows and puts the seconds into the queue."""
     reader = ShardReader(folder, "train")
     order = np.random.default_rng(seed).integers(0, len(reader), (batches, MICRO_BATCH))
     collate([reader.row(int(i)) for i in order[0]], reader.image, reader.frame, 6)
@@ -180,7 +182,7 @@ def rows_per_second(folder: Path, processes: int = 2, batches: int = 5_000) -> f
 
 
 def start(folder: Path, step: int, ranks: int = 8) -> float:
-    """Seconds until the first micro-batch of an optimizer step is collated, with nothing opened before."""
+    """Seconds until the first micro-batch of an optimizer step is collated. Nothing is opened before."""
     began = time.perf_counter()
     reader = ShardReader(folder, "train")
     lengths, samples, has_image = reader.lengths(6), reader.trainable, reader.has_pixels
@@ -192,7 +194,7 @@ def start(folder: Path, step: int, ranks: int = 8) -> float:
 
 def main(
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the synthetic set.")] = 210_000,
-    data: Annotated[Path | None, typer.Option(help="Shards whose lengths to use.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Shards to take lengths from.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to write the synthetic sets; removed afterwards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
@@ -219,7 +221,10 @@ def main(
         {"passed": passed, "padding": cut, "rows_per_second": reading, "start": starts},
         as_json,
         _table(cut, f"{len(lengths):,} samples ({source}), mean {lengths.mean():.0f} tokens"),
-        *(f"2 processes read and collate {rate:,.0f} random rows a second from {n:,}" for n, rate in reading.items()),
+        *(
+            f"2 processes read and collate {rate:,.0f} random rows per second from {n:,} rows"
+            for n, rate in reading.items()
+        ),
         *(f"first batch of step {step:,} of {rows:,} rows: {s:.2f} s after a cold start" for step, s in starts.items()),
     )
     raise typer.Exit(0 if passed else 1)
@@ -227,8 +232,8 @@ def main(
 
 def _table(cut: list[dict], title: str) -> Table:
     caption = (
-        "count: tokens that count per token computed; wait: slowest rank to mean; busy: tokens that count per token "
-        "of all ranks' time; largest: tokens of a micro-batch"
+        "count: share of computed tokens that are not padding; wait: work of the slowest rank over the mean; busy: "
+        "share of all ranks' time spent on tokens that are not padding; largest: tokens of the largest micro-batch"
     )
     title += f"; micro-batches of {MICRO_BATCH} of a global batch of {GLOBAL_BATCH}"
     table = Table(title=title, caption=caption)

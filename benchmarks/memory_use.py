@@ -1,9 +1,9 @@
-"""Memory of a real training step, by two counts that the simulation has no part in.
+"""Measures the memory of a real training step in two ways that do not depend on the simulation.
 
-Allocated: torch's CPU allocator reports every allocation and release to the profiler. Resident: the kernel's count of
-the process's pages at their highest (VmHWM), above what they were before the model was built. The second also sees what
-kernels allocate behind torch's back. It follows single tensors only if malloc returns memory at once, which
-harness.MALLOC_THAT_RETURNS asks of glibc. That costs time, so memory and time are measured in processes of their own.
+Allocated: torch's CPU allocator reports every allocation and release to the profiler. Resident: the kernel's peak count
+of the process's pages (VmHWM), minus the count before the model was built. The second includes memory that kernels
+allocate without torch. It follows single tensors only if malloc returns memory at once, which
+harness.MALLOC_THAT_RETURNS sets. That costs time, so memory and time are measured in separate processes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ THIRD_STEP = "third step"
 
 
 def measure_allocated(config: RunConfig, workload: Workload) -> int:
-    """Bytes that torch's allocator holds at most during the third step of a new engine; needs a new process."""
+    """The most bytes that torch's allocator holds in the third step of a new engine. Needs a new process."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine, batch = build(config, workload)
         for _ in range(2):
             step(engine, batch)
-        gc.collect()  # what only waits for Python's collector, a bucket of DeepSpeed's now and then, is not a step's
+        gc.collect()  # garbage, sometimes a bucket of DeepSpeed's, is not part of a step
         with record_function(THIRD_STEP):
             step(engine, batch)
     return highest_allocation(profiler, since=THIRD_STEP)
 
 
 def highest_allocation(profiler: profile, since: str | None = None) -> int:
-    """Bytes that torch's CPU allocator held at most above its start, from a profile with profile_memory.
+    """The most bytes that torch's CPU allocator held, above its start, in a profile made with profile_memory.
 
-    What gloo's threads allocate is left out: they receive into a copy of every gathered tensor, and NCCL does not.
-    What they release goes unreported: it is gone at the latest when its address is given anew.
+    Allocations by gloo's threads are left out: gloo receives into a copy of every gathered tensor, and NCCL does not.
+    Releases by gloo's threads are not reported. Such memory counts as released when its address is used again.
 
-    since: counts from the beginning of the record_function of that name on.
+    since: name of a record_function; only what happens after its start counts.
     """
     events = profiler.profiler.kineto_results.events()
     start = next(e.start_ns() for e in events if e.name() == since) if since else 0
@@ -58,7 +58,7 @@ def highest_allocation(profiler: profile, since: str | None = None) -> int:
 
 
 def _allocations(profiler: profile) -> Iterator[tuple[int, int, int, int]]:
-    """Moment, address, bytes (negative when released) and thread of each."""
+    """Time, address, bytes (negative for a release) and thread of every allocation and release."""
     events = list(profiler.profiler.kineto_results.experimental_event_tree())
     while events:
         event = events.pop()
@@ -69,19 +69,22 @@ def _allocations(profiler: profile) -> Iterator[tuple[int, int, int, int]]:
 
 
 def measure_resident(config: RunConfig, workload: Workload) -> int:
-    """Bytes that the process's pages grow by during the third step of a new engine; needs MALLOC_THAT_RETURNS."""
-    step(*build(load_recipe("tiny"), Workload(1, 64)))  # libraries' code and their own tables come into memory
+    """Peak bytes of the process's pages in the third step of a new engine, above those before it was built.
+
+    Needs MALLOC_THAT_RETURNS.
+    """
+    step(*build(load_recipe("tiny"), Workload(1, 64)))  # loads the libraries' code and tables into memory
     before = _status("VmRSS")
     engine, batch = build(config, workload)
     for _ in range(2):
         step(engine, batch)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     step(engine, batch)
     return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """The bytes in one line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))

@@ -1,11 +1,11 @@
-"""What a step waits for its data: drawn when asked for, in a thread (as in training), or in a process (torch's
-DataLoader).
+"""How long a step waits for its data, if batches are made on demand, in a thread (as in training), or in a process
+(torch's DataLoader).
 
     python benchmarks/prefetch.py [--step-ms 50] [--steps 60] [--json]
 
-Batches are as lavin-7b's: 32 samples a step, half of them with 224-pixel images, on one rank. The device is a sleep,
-as a GPU leaves the CPU free; on a CPU the data takes its time from the step whoever draws it. Baseline: drawn when
-asked for.
+Batches are like lavin-7b's: 32 samples per step, half of them with 224-pixel images, on one rank. The device is
+simulated by sleeping, because a GPU leaves the CPU free. On a CPU, making data would slow down the step in every case.
+The baseline is on demand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPE = ["model.vision.image_size=224", "model.vision.patch_size=14", "training
 
 
 class Steps(torch.utils.data.IterableDataset):
-    """The feed as torch's DataLoader wants it; opened again in the worker."""
+    """The feed as a data set for torch's DataLoader. The worker opens it again."""
 
     def __init__(self, shards: Path):
         self.shards = shards
@@ -50,7 +50,7 @@ def make_feed(shards: Path) -> Feed:
 
 
 def waits(items, steps: int, step_seconds: float) -> list[float]:
-    """Milliseconds that each step waited for its data; the first steps, which start things up, are left out."""
+    """Milliseconds that each step waited for its data. The first 5 steps are left out as warm-up."""
     found = []
     for _ in range(steps + 5):
         began = time.perf_counter()
@@ -82,18 +82,16 @@ def measure(folder: Path, steps: int, step_seconds: float) -> dict:
 
 
 def main(
-    step_ms: Annotated[float, typer.Option(help="What a step computes.")] = 50,
-    steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 60,
+    step_ms: Annotated[float, typer.Option(help="Milliseconds that a step computes.")] = 50,
+    steps: Annotated[int, typer.Option(help="Number of measured steps.")] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measures what a step waits for its data."""
+    """Measure how long a step waits for its data."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), steps, step_ms / 1000)
     ratios = result["ratio_to_when_asked_for"]
     rows = [[name, f"{wait:.2f} ms", f"{ratios[name]:.2f}"] for name, wait in result["wait_ms"].items()]
-    show(
-        result, as_json, table(f"Waiting for the data of a step of {step_ms:.0f} ms", ("Drawn", "Wait", "Ratio"), rows)
-    )
+    show(result, as_json, table(f"Waiting for the data of a step of {step_ms:.0f} ms", ("Made", "Wait", "Ratio"), rows))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Speed and memory of `lavin-ds prep`, on sets of the real sizes.
+"""Measures speed and memory of `lavin-ds prep` on sets of the real sizes.
 
     python benchmarks/prep.py --data ScienceQA --tokenizer tokenizer.model [--scale 0.1] [--json]
 
-ScienceQA's full size, 21,208 records and 10,332 images: the records and images of DATA over and over, every image
-file with bytes of its own. Baselines in the same run, on the same cores, in processes that are already warm:
-SentencePiece encoding the same texts and nothing else, and Pillow decoding and resizing the same images and nothing
-else. The command is timed whole, with its start. Limit: at least 0.7 of the slower baseline.
+ScienceQA's size: 21,208 records and 10,332 images. The records and images of DATA are repeated, and every image file
+has different bytes. Two baselines run on the same cores, in processes that are already warm: SentencePiece only encodes
+the same texts, and Pillow only decodes and resizes the same images. The command's time includes its start. It must
+reach at least 0.7 of the rate of the slower baseline.
 
-The chatbot's size, 210,000 records, of them 158,000 with one of 81,000 images (small ones: this is about memory).
+The chatbot's size: 210,000 records, of which 158,000 have one of 81,000 images. The images are small, because this set
+measures memory.
 
 Memory is the proportional set size (PSS) of the command and its workers together, sampled every half second while
-the workers live; given are the levels when 10%, 50% and 100% of that had passed (medians over a twentieth of it).
-Exit code 1 if a limit is not held: memory may grow by a fifth from 10% on.
+workers are running. The levels at 10%, 50% and 100% of that time are reported, as medians over a twentieth of it.
+The exit code is 1 if a limit is exceeded. Memory may grow by a fifth after 10% of the time.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ RECORDS, IMAGES = 21_208, 10_332
 TEXT_RECORDS, IMAGE_RECORDS, CHAT_IMAGES = 52_000, 158_000, 81_000
 SPEED_LIMIT, MEMORY_LIMIT = 0.7, 1.2
 CHUNK = 256
-PART_OF = 3  # of texts and images go through the baselines, both before and after; the faster counts
+PART_OF = 3  # baselines process every third text and image, before and after the command; the faster time counts
 WORDS = "the a red blue map shows where north is and how water moves over two small hills near old towns"
 CORES = len(os.sched_getaffinity(0))
 
 
 def write_scienceqa(folder: Path, data: Path, records: int, images: int) -> Path:
-    """A set of `records` in the official layout, `images` of them with an image, from those of `data`."""
+    """A set of `records` records in the official layout, made from those of `data`. `images` of them have an image."""
     problems = json.loads((data / "problems.json").read_bytes())
     sources = {pid: data / "images" / p["split"] / pid / p["image"] for pid, p in problems.items() if p["image"]}
     with_image = [pid for pid in problems if pid in sources]
@@ -66,14 +67,14 @@ def write_scienceqa(folder: Path, data: Path, records: int, images: int) -> Path
         if has_image:
             path = folder / "images" / "train" / str(number) / problems[pid]["image"]
             path.parent.mkdir(parents=True)
-            path.write_bytes(sources[pid].read_bytes() + b"%d" % number)  # decoders stop before it
+            path.write_bytes(sources[pid].read_bytes() + b"%d" % number)  # decoders ignore what is appended
     (folder / "problems.json").write_text(json.dumps(made))
     (folder / "pid_splits.json").write_text(json.dumps({"train": list(made)}))
     return folder
 
 
 def write_chat(folder: Path, scale: float) -> None:
-    """Alpaca and LLaVA files of made-up sentences, and small pictures."""
+    """Writes Alpaca and LLaVA files of random sentences, and small pictures."""
     rng = random.Random(0)
     words = WORDS.split()
 
@@ -116,7 +117,7 @@ def texts_of(data: Path) -> list[str]:
 
 
 def start(tokenizer: Path) -> None:
-    """In every baseline process, before the clock runs."""
+    """Initialises a baseline process, before the timing starts."""
     global model
     model = Tokenizer(tokenizer)
 
@@ -138,20 +139,20 @@ def seconds_of(pool, work, items: list, chunk: int) -> float:
 
 
 def baselines(pool, texts: list[str], paths: list[Path]) -> tuple[float, float]:
-    """Seconds for all texts, and for all images, reckoned from one of every PART_OF."""
+    """Seconds for all texts and for all images, extrapolated from one in PART_OF."""
     text_seconds = seconds_of(pool, encode, texts[::PART_OF], CHUNK)
     return PART_OF * text_seconds, PART_OF * seconds_of(pool, decode, paths[::PART_OF], 16)
 
 
 def run(command: list[str]) -> tuple[float, dict, list[float]]:
-    """Runs `lavin-ds prep ...`: its seconds, its summary, and MiB of it and its workers every half second."""
+    """Runs `lavin-ds prep ...`. Returns its seconds, its summary, and its MiB (with workers) every half second."""
     began, samples = time.perf_counter(), []
     prep = "from lavin_ds.cli.main import run; run()"
     process = subprocess.Popen([sys.executable, "-c", prep, *command, "--json"], stdout=subprocess.PIPE, text=True)
     parent = psutil.Process(process.pid)
     while process.poll() is None:
         workers = parent.children()
-        with suppress(psutil.Error):  # it ended between the two lines
+        with suppress(psutil.Error):  # a process ended meanwhile
             pss = [one.memory_full_info().pss for one in (parent, *workers)]
             if workers or CORES == 1:
                 samples.append(sum(pss) / 2**20)
@@ -164,7 +165,7 @@ def run(command: list[str]) -> tuple[float, dict, list[float]]:
 
 
 def memory(samples: list[float]) -> dict:
-    """MiB at 10%, 50% and 100% of a run, the peak, and how much it grew from 10% on."""
+    """MiB at 10%, 50% and 100% of a run, the peak, and the growth after 10%."""
     width = max(1, len(samples) // 20)
     levels = {}
     for percent in (10, 50, 100):
@@ -217,10 +218,10 @@ def measure_chat(work: Path, tokenizer: Path, scale: float) -> dict:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="ScienceQA in its official layout, or a part of it.")],
+    data: Annotated[Path, typer.Option(help="ScienceQA, or a part of it, in its official layout.")],
     tokenizer: Annotated[Path, typer.Option(help="LLaMA's tokenizer.model.")],
-    scale: Annotated[float, typer.Option(help="A part of the sizes, for a trial.")] = 1.0,
-    sets: Annotated[str, typer.Option(help="Which of the two to run.")] = "scienceqa,chat",
+    scale: Annotated[float, typer.Option(help="Fraction of the real sizes, for a trial.")] = 1.0,
+    sets: Annotated[str, typer.Option(help="Sets to run: scienceqa, chat, or both.")] = "scienceqa,chat",
     folder: Annotated[Path | None, typer.Option(help="Where to write, about 4 GB; removed afterwards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
@@ -246,14 +247,14 @@ def show(measured: list[dict]) -> None:
             f"{one['set']}: {one['records']:,} records, {one['images']:,} images, {CORES} cores, {one['seconds']:.0f} s"
         )
         speed = Table(title=title)
-        for column in ("", "samples a second", f"prep's ratio (limit {SPEED_LIMIT} of the slower)"):
+        for column in ("", "samples per second", f"prep's ratio (at least {SPEED_LIMIT} of the slower)"):
             speed.add_column(column, justify="left" if not column else "right")
         rates = one["samples_per_second"]
         for name, rate in rates.items():
             speed.add_row(name, f"{rate:,.0f}", f"{rates['prep'] / rate:.2f}" if name != "prep" else "")
         console.print(speed)
         levels = ", ".join(f"{one[f'mib_at_{percent}']:,.0f} at {percent}%" for percent in (10, 50, 100))
-        growth = f"x {one['growth']:.2f} from 10% on (limit {MEMORY_LIMIT})"
+        growth = f"x {one['growth']:.2f} after 10% (limit {MEMORY_LIMIT})"
         console.print(f"MiB: {levels}; peak {one['mib_peak']:,.0f}; {growth}\n", highlight=False)
 
 

@@ -1,10 +1,10 @@
-"""`lavin-ds prep` killed with SIGKILL at ten random moments, each time finished by the same command.
+"""Kills `lavin-ds prep` with SIGKILL at ten random moments, and finishes it with the same command each time.
 
     python benchmarks/prep_kill.py --data ScienceQA --tokenizer tokenizer.model [--kills 10] [--json]
 
-Each time the job starts anew with two workers, the command is killed at a moment drawn from the whole run, and the
-same command then runs to its end, with one, two or three workers. Counted are processes that outlive the kill by a
-second, output that looks finished, and bytes that differ from an uninterrupted run; exit code 1 if there is any.
+Each time, the job starts from nothing with two workers and is killed at a random moment. Then the same command runs to
+its end, with one, two or three workers. The benchmark counts processes that still run a second after the kill, output
+that looks finished, and files that differ from an uninterrupted run. The exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from lavin_ds.data_prep import workspace
 
-# Smaller files than usual, so that a set of a few seconds has some dozens.
+# Smaller files than usual, so that a job of a few seconds writes dozens of them.
 COMMAND = """
 from lavin_ds.cli import prep
 from lavin_ds.data_prep import pipeline
@@ -72,7 +72,7 @@ def kill_once(job: Job, delay: float, workers: int, expected: dict[str, bytes]) 
     left = [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     looks_finished = job.out.exists()
     reached = job.last_task()
-    if looks_finished and contents(job.out) == expected:  # the job was faster than its kill
+    if looks_finished and contents(job.out) == expected:  # the job finished before the kill
         looks_finished = False
         shutil.rmtree(job.out)
     summary = job.finish(workers)
@@ -90,14 +90,14 @@ def kill_once(job: Job, delay: float, workers: int, expected: dict[str, bytes]) 
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="ScienceQA in its official layout, or a part of it.")],
+    data: Annotated[Path, typer.Option(help="ScienceQA, or a part of it, in its official layout.")],
     tokenizer: Annotated[Path, typer.Option(help="LLaMA's tokenizer.model.")],
     kills: Annotated[int, typer.Option(min=1)] = 10,
-    records: Annotated[int, typer.Option(min=128, help="Half of them with an image.")] = 1600,
+    records: Annotated[int, typer.Option(min=128, help="Number of records; half of them have an image.")] = 1600,
     seed: Annotated[int, typer.Option()] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Kill prep at random moments."""
+    """Kill prep at random moments and check what is left."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -114,10 +114,10 @@ def main(
         print(json.dumps({"seconds": seconds, "files": len(expected), "kills": found}, indent=2))
     else:
         title = (
-            f"{len(good)} of {kills} kills without a trace: {records:,} records, {len(expected)} files, {seconds:.1f} s"
+            f"{len(good)} of {kills} kills left no trace: {records:,} records, {len(expected)} files, {seconds:.1f} s"
         )
         table = Table(title=title)
-        for heading in ("killed after", "last task done", "left running", "files kept", "workers then", "same bytes"):
+        for heading in ("killed after", "last task done", "left running", "files kept", "workers after", "same bytes"):
             table.add_column(heading, justify="right", no_wrap=heading == "last task done")
         for one in found:
             cells = [f"{one['killed_after_seconds']:.1f} s", one["last_task"], str(one["left_running"])]

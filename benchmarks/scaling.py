@@ -1,15 +1,15 @@
-"""What a training step costs as length, layers, batch and ranks grow, and where its time goes.
+"""Measures how the cost of a training step grows with length, layers, batch and ranks, and where its time goes.
 
     python benchmarks/scaling.py [--json] [--plot FILE]
 
-One optimizer step through DeepSpeed's engine (ZeRO-2) of a LLaMA of width 512 with a small ViT and adapters in both,
-bf16; the middle point is 4 layers, 4 samples of 256 positions, half with an image, 1 rank. One thing grows at a time.
-Time is of the fastest of five steps; memory is that of the simulated step beside the weights, of one rank.
-A rank is one process of one thread with a micro-batch of its own: two ranks do twice the work.
+The step is one optimizer step through DeepSpeed's engine (ZeRO-2) of a LLaMA of width 512 with a small ViT and adapters
+in both, in bf16. The middle point has 4 layers, 4 samples of 256 positions, half of them with an image, and 1 rank. One
+quantity grows at a time. Time is that of the fastest of five steps. Memory is that of the simulated step on one rank,
+without the weights. A rank is one process with one thread and its own micro-batch, so two ranks do twice the work.
 
-Then the share of this machine's measured matmul rate (1024 x 1024, one thread, best of two seconds) that the counted
-FLOPs of the middle step reach, in fp32 and bf16, and what its time went into by class of operator (torch.profiler).
-Reading data is not in it: the micro-batch is made once.
+Then the FLOP/s of the middle step, in fp32 and bf16, are compared with this machine's measured matmul rate (1024 x
+1024, one thread, best within two seconds). Its time is divided by class of operator (torch.profiler). Reading data is
+not included: the micro-batch is made once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROWING = {
     "batch": (1, 2, 4, 8),
     "ranks": (1, 2),
 }
-# What an operator is part of, by its own name or a caller's; the first that fits.
+# The class of an operator, by a word in its own name or a caller's. The first match counts.
 INSIDE = {
     "optimizer": ("Optimizer.step",),
     "attention": ("scaled_dot_product",),
@@ -53,7 +53,7 @@ INSIDE = {
     "SwiGLU and GELU": ("_SwiGLU", "_QuickGELU"),
 }
 MATMULS = ("::mm", "::addmm", "::bmm", "::baddbmm", "convolution")
-ADAPTER_SIDE = 18  # two paths of rank 8 and their two weights: the narrowest matrix that is not an adapter's is 64 wide
+ADAPTER_SIDE = 18  # columns: two paths of rank 8 and their two weights; every other matrix has at least 64
 COPIES = ("copy_", "cat", "clone", "index", "embedding", "fill_", "zero_", "empty")
 
 
@@ -70,7 +70,7 @@ def config_of(layers: int = LAYERS, dtype: str = "bf16") -> RunConfig:
 
 @dataclass(frozen=True)
 class Point:
-    """MIDDLE with one thing changed to `value`."""
+    """The middle point with one quantity changed to `value`."""
 
     kind: str
     value: int
@@ -82,7 +82,7 @@ class Point:
     @property
     def config(self) -> RunConfig:
         config = config_of(self.value if self.kind == "layers" else LAYERS)
-        # Every rank has its own micro-batch: twice the ranks, twice the work.
+        # Every rank has its own micro-batch, so two ranks do twice the work.
         update = {"micro_batch": 8, "global_batch": 8 * self.ranks}
         return config.model_copy(update={"training": config.training.model_copy(update=update)})
 
@@ -110,7 +110,7 @@ class Point:
 
 
 def matmul_rate(dtype: torch.dtype, seconds: float = 2.0, side: int = 1024) -> float:
-    """FLOPs a second of the best of many square products, on one thread."""
+    """FLOP/s of the fastest of many square matrix products on one thread."""
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -121,7 +121,7 @@ def matmul_rate(dtype: torch.dtype, seconds: float = 2.0, side: int = 1024) -> f
 
 
 def measure_middle(dtype: str) -> dict:
-    """The matmul rate, and the middle step's seconds and their parts by class of operator; in a new process."""
+    """The matmul rate, the seconds of the middle step, and its parts by class of operator. Needs a new process."""
     rate = matmul_rate(torch.float32 if dtype == "fp32" else torch.bfloat16)
     engine, batch = build(config_of(dtype=dtype), MIDDLE)
     seconds = [sum(step(engine, batch).values()) for _ in range(7)][2:]
@@ -144,8 +144,8 @@ def with_share(measured: dict) -> dict:
 
 
 def parts_of(events, seconds: float) -> dict[str, float]:
-    """Fractions of a profiled step by class; operators count without what they call. "between operators" is the rest:
-    Python, autograd's bookkeeping and DeepSpeed's."""
+    """Fractions of a profiled step's time by class. Operators count without the operators that they call. "between
+    operators" is the rest: Python, autograd's bookkeeping, DeepSpeed."""
     parts = Counter()
     for event in events:
         parts[class_of(event)] += event.self_cpu_time_total / 1e6 / seconds
@@ -173,12 +173,12 @@ def class_of(event) -> str:
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Where to draw them, PNG.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a PNG of the measurements.")] = None,
 ) -> None:
     """Measure how a step's cost grows, and where its time goes."""
     console = Console(stderr=True)
     every = [Point(kind, value) for kind, values in GROWING.items() for value in values]
-    # All measuring goes first: a simulation leaves threads behind, and the measuring processes are forks.
+    # Measure everything before simulating: a simulation leaves threads, and the measuring processes are forks.
     seconds, middles = [], []
     for point in every:
         with console.status(f"{point.kind} {point.value}"):
@@ -199,7 +199,7 @@ def middle(kind: str) -> int:
 
 
 def points_table(points: list[dict]) -> Table:
-    table = Table(title="One thing grows at a time; ratios are to its row of ratio 1.00", title_justify="left")
+    table = Table(title="One quantity grows at a time; ratios are relative to the row with 1.00", title_justify="left")
     for column in ("", "", "seconds", "ratio", "activations", "ratio", "GFLOP/s"):
         table.add_column(column, justify="right")
     for kind in GROWING:
@@ -224,7 +224,7 @@ def peaks_table(peaks: list[dict]) -> Table:
     for peak in peaks:
         table.add_column(peak["dtype"], justify="right")
     table.add_row("matmul rate, GFLOP/s", *(f"{p['matmul_flops_per_second'] / 1e9:.0f}" for p in peaks))
-    table.add_row("a step's, GFLOP/s", *(f"{p['flops'] / p['seconds'] / 1e9:.0f}" for p in peaks))
+    table.add_row("the step, GFLOP/s", *(f"{p['flops'] / p['seconds'] / 1e9:.0f}" for p in peaks))
     table.add_row("share reached", *(f"{p['share']:.0%}" for p in peaks))
     table.add_section()
     for name in dict.fromkeys(name for peak in peaks for name in peak["parts"]):
@@ -233,7 +233,7 @@ def peaks_table(peaks: list[dict]) -> Table:
 
 
 def plot(points: list[dict], peaks: list[dict], path: Path) -> None:
-    """Time and memory over what grows, and the time of a step by class."""
+    """Plots time and memory over each quantity, and the time of a step by class."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     *axes, bars = figure.subplots(1, len(GROWING) + 1, width_ratios=[1] * len(GROWING) + [1.4])
     for kind, ax in zip(GROWING, axes, strict=True):

@@ -1,15 +1,15 @@
-"""Whether memory grows while a run goes on: the resident set of a real training process, for an hour.
+"""Checks that memory does not grow during a run: watches the resident set of a training process for an hour.
 
     python benchmarks/soak.py [--minutes 60] [--folder DIR] [--json]
 
 Trains the shipped tiny base on one rank, as `lavin-ds train` does, with validation and a checkpoint every 50 steps, and
-reads the process's resident set twice a second. glibc is told to give back what is freed: by default it keeps the most
-it ever needed, and with rows of ever new lengths that rises in steps for an hour (once by 4 MiB at minute 33, flat to
-0.1 for 14 minutes before and 26 after), which would hide a leak as well as look like one.
+reads the process's resident set twice per second. glibc is set to return freed memory at once. By default it keeps the
+most memory that it ever needed. Rows have ever new lengths, so this grows in steps for an hour (once by 4 MiB at minute
+33, constant to 0.1 MiB for 14 minutes before and 26 after). Such steps could hide a leak or look like one.
 
-After a warm-up (a third of the time) a line is fitted through the means of twenty equal stretches; its slope is printed
-with twice its standard error. Exit code 0 if both together are at most 2 MiB an hour, 1 if the slope is more than its
-error above that, 3 if nothing can be said: give it more --minutes.
+After a warm-up (a third of the time), a line is fitted to the means of twenty equal stretches of time. Its slope is
+printed with twice its standard error. The exit code is 0 if slope + error is at most 2 MiB per hour, 1 if slope - error
+is above that, and 3 otherwise: give more --minutes then.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from lavin_ds.launching.arguments import TrainArguments
 from lavin_ds.run import read_metrics
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"
-LIMIT = 2.0  # MiB an hour
+LIMIT = 2.0  # MiB per hour
 MIB = 2**20
 STRETCHES = 20
-STOPPED = 143  # stopped on request, state saved
+STOPPED = 143  # exit code of a run that saved its state and stopped on request
 EXIT_CODES = {"does not grow": 0, "grows": 1, "unclear": 3}
 SETTINGS = (
-    "training.epochs=100000",  # more than fits any time given
+    "training.epochs=100000",  # more than any run reaches
     "training.peak_lr=1e-3",
     "training.checkpoint_every=50",
     "training.keep_checkpoints=2",
@@ -123,9 +123,9 @@ def alive(rank: subprocess.Popen, folder: Path) -> None:
 
 
 def fit(seconds: np.ndarray, bytes: np.ndarray) -> tuple[float, float]:
-    """Slope and twice its standard error, MiB an hour, of a line through the means of equal stretches.
+    """Slope and twice its standard error, in MiB per hour, of a line through the means of equal stretches of time.
 
-    Neighbouring readings are nearly the same number: taken one by one they would promise a precision that is not there.
+    Neighbouring readings are nearly equal, so fitting single readings would give too small an error.
     """
     settled = seconds > seconds[-1] / 3
     x = np.array([part.mean() for part in np.array_split(seconds[settled] / 3600, STRETCHES)])
@@ -140,7 +140,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measures the growth of a training process's memory."""
+    """Measure how the memory of a training process grows."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         result = soak(folder, minutes * 60, every)
@@ -149,7 +149,7 @@ def main(
             result = soak(Path(temporary), minutes * 60, every)
     show(result, as_json, results_table(result))
     if result["exit_code"] != STOPPED:
-        sys.exit(f"the run did not end as asked, but with code {result['exit_code']}")
+        sys.exit(f"the run did not stop as requested: its exit code is {result['exit_code']}, not {STOPPED}")
     raise typer.Exit(EXIT_CODES[result["verdict"]])
 
 
@@ -159,8 +159,8 @@ def results_table(result: dict) -> Table:
         ("optimizer steps", f"{result['steps']:,}, {result['validations']:,} validations and checkpoints"),
         ("resident after a third of the time", f"{result['after_warmup_mib']:,.1f} MiB"),
         ("at the end", f"{result['last_mib']:,.1f} MiB"),
-        ("growth", f"{result['slope_mib_per_hour']:+.2f} +- {result['slope_error_mib_per_hour']:.2f} MiB an hour"),
-        ("verdict", f"{result['verdict']}, by {LIMIT:.0f} MiB an hour"),
+        ("growth", f"{result['slope_mib_per_hour']:+.2f} +- {result['slope_error_mib_per_hour']:.2f} MiB per hour"),
+        ("verdict", f"{result['verdict']} (limit: {LIMIT:.0f} MiB per hour)"),
     ]
     for row in rows:
         table.add_row(*row)

@@ -1,24 +1,24 @@
-"""A training step the authors' way and ours, on the same weights and samples, at three distributions of lengths.
+"""Compares the authors' training step with ours, on the same weights and samples, at three distributions of lengths.
 
     python benchmarks/train_step.py                            # under 5 minutes on two idle cores
-    python benchmarks/train_step.py --shares --plot docs/speed.png     # also what each difference is worth
-    python benchmarks/train_step.py --quick                    # that it runs: small shapes, no claim
+    python benchmarks/train_step.py --shares --plot docs/speed.png     # also each technique alone
+    python benchmarks/train_step.py --quick                    # only checks that it runs, with small shapes
 
-The model: a LLaMA of width 512 with 8 layers, a ViT of 3% of its arithmetic (ViT-L has 2% of LLaMA-7B's), adapters in
-both, fp32. The samples: micro-batches of 4; 49% with an image, as in ScienceQA's train split; the last 70% of a
-sample's positions labelled. Their lengths, one case each:
+The model is a LLaMA of width 512 with 8 layers, a ViT with 3% of its arithmetic (ViT-L has 2% of LLaMA-7B's), and
+adapters in both, in fp32. Micro-batches have 4 samples. 49% of the samples have an image, as in ScienceQA's train
+split. The last 70% of a sample's positions are labelled. There are three cases of lengths:
 
-    real      ScienceQA's own: samples.py has their quantiles (the claim)
-    assumed   log-normal, median 171: what this benchmark assumed before real records were at hand
+    real      ScienceQA's, by the quantiles in samples.py; our claim is about these
+    assumed   log-normal, median 171: an earlier assumption, too short
     worst     one micro-batch of 4 samples of 512 positions, all with an image
 
-The baseline, in the same run, is PublishedLavin: the authors' step, with samples in the order they come. Ours is Lavin
+The baseline is PublishedLavin, in the same run: the authors' step, with samples in the given order. Our step is Lavin
 on the micro-batches that the sampler deals and packs, as in recipe lavin-7b.
 
-Time is of one optimizer step (forward, backward, AdamW) on one thread: the fastest of repetitions in which all variants
-take turns. Memory is the highest that torch's CPU allocator holds beside weights and optimizer state.
+Time is that of one optimizer step (forward, backward, AdamW) on one thread. All variants take turns, and the fastest
+repetition counts. Memory is the most that torch's CPU allocator holds, without weights and optimizer state.
 
-Exit code 1 if at real lengths ours is less than 2 times as fast or needs more than 0.4 of the memory.
+The exit code is 1 if, at real lengths, our step is less than 2 times as fast or needs more than 0.4 of the memory.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ from lavin_ds.profiling.published.model import SAVINGS, PublishedLavin, Publishe
 
 FASTER, LESS_MEMORY = 2.0, 0.4  # the claim, at real lengths
 LONGEST = 512
-ASSUMED_MEDIAN, ASSUMED_SPREAD = 171, 0.5  # the second is sigma of the logarithm
+ASSUMED_MEDIAN, ASSUMED_SPREAD = 171, 0.5  # the spread is the standard deviation of the logarithm
 PUBLISHED = PublishedOptions(pad_to=LONGEST)
 
 TECHNIQUES = {
-    "pad_to": "like lengths, not padded to 512",
+    "pad_to": "similar lengths, not padded to 512",
     "full_logits": "only labelled logits, in chunks",
     "zero_images": "no ViT for text-only samples",
     "eager_attention": "attention without scores and mask",
-    "per_sample_routing": "routing once a batch",
+    "per_sample_routing": "routing once per batch",
     "separate_paths": "both adapter paths in one product",
     "plain_autograd": "norms, SwiGLU keep one tensor",
 }
-OPTIONS = {  # off in lavin-7b; the last one is no option of a recipe, as it gains nothing
+OPTIONS = {  # off in lavin-7b; recipes do not offer the last one, because it gains nothing
     "ViT recomputed *": "padded, ViT recomputed",
     "ViT, half the layers recomputed *": "padded, half recomputed",
     "every block recomputed *": "padded, every block recomputed",
@@ -90,7 +90,7 @@ def config_of(vocabulary: int, dim: int = 512, layers: int = 8) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the step. `batches` are its micro-batches."""
+    """One way to compute the step, on the micro-batches `batches`."""
 
     model: Lavin
     optimizer: torch.optim.Optimizer
@@ -105,10 +105,10 @@ class Variant:
         self.model.zero_grad()
 
     def peak_bytes(self) -> int:
-        """Bytes held at most during a micro-batch beside weights and optimizer state."""
+        """The most bytes held during a micro-batch, without weights and optimizer state."""
         most_tokens = max(batch.ids_BT.numel() for batch in self.batches)
         longest = [batch for batch in self.batches if batch.ids_BT.numel() == most_tokens]
-        # Of those with as many tokens the one with the most images is the largest, and another may have more images.
+        # The largest is the one with the most tokens (and of those, the most images) or the one with the most images.
         images = lambda batch: int((batch.image_B >= 0).sum())  # noqa: E731
         largest = {id(batch): batch for batch in (max(longest, key=images), max(self.batches, key=images))}
         peak = max(allocated_peak(lambda b=batch: self.model(b)[0].backward()) for batch in largest.values())
@@ -117,7 +117,7 @@ class Variant:
 
 
 class Bench:
-    """Variants on the same samples and the same weights: they share the tensors, and the learning rate is 0."""
+    """Variants on the same samples and weights. They share the tensors, so the learning rate is 0."""
 
     def __init__(self, config: ModelConfig, lengths: Sequence[int], image_fraction: float = IMAGE_FRACTION):
         self.config = config
@@ -152,7 +152,7 @@ class Bench:
         return Variant(model, torch.optim.AdamW(trainable.values(), lr=0.0), batches)
 
     def every_technique(self) -> dict[str, Variant]:
-        """Each technique alone put into the baseline or taken out of ours padded, and what trades time for memory."""
+        """The baseline with each technique, our padded step without each, and options that trade time for memory."""
         every = PUBLISHED.without(*SAVINGS)
         variants = {"published": self.published(), "ours": self.ours(), "padded": self.padded()}
         for name in SAVINGS:
@@ -166,7 +166,7 @@ class Bench:
         compiled = variants["padded, compiled"] = self.padded()
         for block in compiled.model.llm.layers:
             block.compile(dynamic=True)
-        compiled.step()  # compiles now, a minute
+        compiled.step()  # compiles here, which takes a minute
         return variants
 
 
@@ -182,7 +182,7 @@ def fill(model: Lavin) -> Lavin:
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator holds at most during `work`, above what it held before."""
+    """The most bytes that torch's CPU allocator holds during `work`, above what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     return highest_allocation(profiler)
@@ -190,7 +190,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def check_same_function(variants: dict[str, Variant], batch: Batch) -> None:
-    """All variants have the same loss on the same padded samples, without dropout."""
+    """Checks that all variants have the same loss on the same padded samples, without dropout."""
     losses = {}
     for name, variant in variants.items():
         losses[name] = float(variant.model.eval()(batch)[0])
@@ -201,9 +201,9 @@ def check_same_function(variants: dict[str, Variant], batch: Batch) -> None:
 
 
 def measure(bench: Bench, variants: dict[str, Variant], repetitions: int, console: Console) -> dict[str, dict]:
-    """Seconds of the fastest step, and peak bytes beside weights and optimizer state, by variant."""
+    """By variant: seconds of the fastest step, and peak bytes without weights and optimizer state."""
     with console.status("") as status:
-        status.update("the same loss from every variant")
+        status.update("checking that all variants have the same loss")
         check_same_function(variants, bench.dealt[-1])
         peaks = {}
         for name, variant in variants.items():
@@ -215,7 +215,7 @@ def measure(bench: Bench, variants: dict[str, Variant], repetitions: int, consol
 
 
 def compare(case: str, bench: Bench, repetitions: int, console: Console) -> dict:
-    """Published and ours at one distribution of lengths."""
+    """The published step and ours at one distribution of lengths."""
     console.print(f"lengths: {case}")
     measured = measure(bench, {"published": bench.published(), "ours": bench.ours()}, repetitions, console)
     published, ours = measured["published"], measured["ours"]
@@ -228,15 +228,16 @@ def compare(case: str, bench: Bench, repetitions: int, console: Console) -> dict
 
 
 def shares(measured: dict[str, dict]) -> list[dict]:
-    """By technique: how many times the time and memory of padded is needed without it, and what it alone saves.
+    """By technique: the ratio of our padded step without it to our padded step ("without"), and the ratio of the
+    baseline to the baseline with it ("alone").
 
-    A ratio is a pair (time, memory) of the costlier to the cheaper; None if it makes no sense.
+    A ratio is a pair (time, memory), the costlier step over the cheaper one; None if it makes no sense.
     """
 
     def ratio(costly: str, cheap: str) -> tuple[float, float]:
         return tuple(measured[costly][unit] / measured[cheap][unit] for unit in ("seconds", "bytes"))
 
-    rows = [{"technique": "no padding at all: packed", "without": ratio("padded", "ours"), "alone": None}]
+    rows = [{"technique": "packed: no padding at all", "without": ratio("padded", "ours"), "alone": None}]
     rows += [
         {
             "technique": words,
@@ -260,8 +261,8 @@ def shares_table(rows: list[dict]) -> Table:
         "What each technique is worth, 8 samples of real lengths",
         ("", "without\ntime", "without\nmemory", "alone\ntime", "alone\nmemory"),
         list(map(cells, rows)),
-        caption="without: of padded without it, padded = 1; alone: of the baseline, that with it alone = 1; "
-        "* off in lavin-7b, padded with it = 1; of packing: padded, ours = 1",
+        caption="without: our padded step without the technique (with it = 1); alone: the baseline (with only this "
+        "technique = 1). First row: padded (packed = 1). * off in lavin-7b: padded without it (with it = 1)",
     )
 
 
@@ -281,12 +282,12 @@ def cases_table(cases: list[dict], vocabulary: int) -> Table:
         "ours\nMB",
         "share",
     )
-    caption = f"at real lengths at least {FASTER} times as fast with at most {LESS_MEMORY} of the memory"
+    caption = f"claim: at real lengths, at least {FASTER} times as fast with at most {LESS_MEMORY} of the memory"
     return table(f"A step as published and ours, vocabulary {vocabulary:,}", columns, list(map(cells, cases)), caption)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Bars: time and memory without each technique, as multiples of what they are with it."""
+    """Bars of time and memory without each technique, divided by those with it."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     rows = [row for row in rows if row["technique"] not in OPTIONS]
     for number, (axes, unit) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("time", "memory"), strict=True)):
@@ -303,15 +304,17 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(
-    vocabulary: Annotated[int, typer.Option(help="Rows of the output matrix.")] = 32000,
-    samples: Annotated[int, typer.Option(help="Samples of a step, a multiple of 4.")] = 16,
-    repetitions: Annotated[int, typer.Option(help="Timed steps of every variant.")] = 2,
-    with_shares: Annotated[bool, typer.Option("--shares", help="Also what each technique is worth.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, to see that it runs; claims nothing.")] = False,
+    vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 32000,
+    samples: Annotated[int, typer.Option(help="Samples per step, a multiple of 4.")] = 16,
+    repetitions: Annotated[int, typer.Option(help="Timed steps per variant.")] = 2,
+    with_shares: Annotated[bool, typer.Option("--shares", help="Also measure what each technique is worth.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use small shapes, only to check that it runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="PNG of what each technique is worth.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Write a PNG of what each technique is worth.")
+    ] = None,
 ) -> None:
-    """Measure a step as published against ours."""
+    """Compare the published step with ours."""
     initialize_single_process()
     torch.set_num_threads(1)
     console = Console(stderr=True)

@@ -3,8 +3,8 @@
     ANNOTATIONS   dataset_coco.json: {"images": [{"filepath", "filename", "split", "cocoid", "sentences": [{"raw"}]}]}
     IMAGES/FILEPATH/FILENAME
 
-Karpathy's `restval` goes to train, as is usual. In train every caption of an image is a row. In val and test an image
-is one row: the column `references` has all its captions, which a score compares with, and its label is the first.
+Karpathy's `restval` goes to train, as is usual. In train each caption is a row. In val and test each image is a row:
+its label is the first caption, and the column `references` has all captions, for a score to compare with.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RawImage(RawRecord):
 
 @dataclass(frozen=True)
 class Captions(Source):
-    """COCO captions with the Karpathy split: in train a row a caption, else a row an image with all its captions."""
+    """COCO captions with the Karpathy split: one row per caption in train, one row per image in val and test."""
 
     # A raw record is its split and its JSON.
     kind = "captions"
@@ -60,7 +60,7 @@ class Captions(Source):
 
     def listing(self, prompt: PromptSettings) -> Listing:
         if not self.images.is_dir():
-            raise UserError(f"--images {self.images} is no folder: give the one with train2014/ and val2014/.")
+            raise UserError(f"--images {self.images} is not a folder: give the one with train2014/ and val2014/.")
         raw, sha256 = read_json(self.annotations, dict, LAYOUT)
         records = raw.get("images")
         if not isinstance(records, list):
@@ -73,7 +73,7 @@ class Captions(Source):
                 raise UserError(
                     f"{self.annotations}: image {number} of the list has no known split or cocoid: {LAYOUT}."
                 )
-            fault = Refused("cocoid", "stands twice") if id in seen else None
+            fault = Refused("cocoid", "appears twice") if id in seen else None
             seen.add(id)
             splits[SPLIT_OF[split]].append(Listed(str(id), (SPLIT_OF[split], record), fault))
         wanted = comma_separated(self.splits)

@@ -1,4 +1,4 @@
-"""What a job knows of its records while it works: which image each shows, and which are left out, and why."""
+"""The records of a running job: the image of each, and which are left out and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 20  # bad records named in an error
 
 @dataclass(frozen=True)
 class Offender:
-    """A record, or a sample of one, that is left out or not trained on: where it is, which key of it, and why."""
+    """A record, or one of its samples, that is left out or not trained on; with the wrong key and the reason."""
 
     split: str
     id: str
@@ -27,7 +27,7 @@ class Offender:
 
 @dataclass
 class Catalogue:
-    """Records are told by their split and their number in it, images by their place in `images`."""
+    """A record is identified by its split and its number in the split, an image by its place in `images`."""
 
     source: Source
     prompt: PromptSettings
@@ -35,16 +35,19 @@ class Catalogue:
     images: list[tuple[str, str]] = field(default_factory=list)  # distinct files: SHA-256, and where first found
     image_of: dict[str, array] = field(default_factory=dict)  # by split: each record's place in `images`, or -1
     image_rows: array = field(default_factory=lambda: array("i"))  # by place: row of the image table, -1 if unusable
-    # By the numbers of the split and the record, so that sorting gives the order of the records:
+    # Keys are (number of the split, number of the record), so sorted keys are in the order of the records.
     _bad: dict[tuple[int, int], list[Offender]] = field(default_factory=lambda: defaultdict(list))
     _untrained: dict[tuple[int, int], list[Offender]] = field(default_factory=lambda: defaultdict(list))
 
     def reject(self, split: str, number: int, key: str, reason: str, id: str | None = None) -> None:
-        """Leaves a record out; `id` is that of its sample, if it has several."""
+        """Leaves a record out. `id` names the sample at fault if the record has several."""
         self._add(self._bad, split, number, key, reason, id)
 
     def number_images(self, bad: dict[int, str]) -> None:
-        """Gives the images their rows of the table; records that show one of the `bad` (by place) are left out."""
+        """Gives each image its row of the image table, and leaves out the records whose image is in `bad`.
+
+        bad: the place of each unusable image, with the reason.
+        """
         row = 0
         for place in range(len(self.images)):
             self.image_rows.append(-1 if place in bad else row)
@@ -56,20 +59,20 @@ class Catalogue:
                     self.reject(split, number, "image", f"{self.source.root / record.image} {bad[place]}")
 
     def note_untrained(self, split: str, number: int, key: str, reason: str, id: str) -> None:
-        """Writes down a sample that is not trained on; its record is not bad."""
+        """Notes a sample that is not trained on although its record is good."""
         self._add(self._untrained, split, number, key, reason, id)
 
     def rejected(self, split: str) -> int:
-        """How many records of a split are left out."""
+        """The number of records of a split that are left out."""
         return sum(own == self._order(split) for own, _ in self._bad)
 
     def good(self, split: str, numbers: range) -> array:
-        """Those of the records that are not left out."""
+        """The `numbers` whose records are not left out."""
         order = self._order(split)
         return array("i", (number for number in numbers if (order, number) not in self._bad))
 
     def image_row(self, split: str, number: int) -> int:
-        """The row of the image table that a record shows, or -1."""
+        """The row of a record's image in the image table, or -1."""
         place = self.image_of[split][number]
         return self.image_rows[place] if place >= 0 else -1
 
@@ -82,14 +85,14 @@ class Catalogue:
         return [offender for key in keys for offender in (*self._bad.get(key, ()), *self._untrained.get(key, ()))]
 
     def complaint(self) -> str:
-        """Names bad records up to SHOWN, a line each, then how many more, then the remedy."""
+        """The error's text: the first SHOWN bad records, one per line, the number of others, and what to do."""
         bad = self.bad()
-        lines = [str(offender) for offender in bad[:SHOWN]] or ["and the good ones are over the length limit"]
+        lines = [str(offender) for offender in bad[:SHOWN]] or ["all good ones are over the length limit"]
         if len(bad) > SHOWN:
             lines.append(f"and {len(bad) - SHOWN:,} more")
-        remedy = "Mend them or leave them out with --on-error skip"
+        remedy = "Correct them or leave them out with --on-error skip"
         if any(offender.key == "length" for offender in bad):
-            remedy += ", and for their length raise data.max_length or set data.overlength to shorten or drop"
+            remedy += "; for those that are too long, raise data.max_length or set data.overlength to shorten or drop"
         if len(bad) > 1 and all(o.key == "image" and o.reason.endswith("is missing") for o in bad):
             remedy += f"; or do their paths start from another folder than {self.source.root}?"
         s = "s" * (len(bad) != 1)

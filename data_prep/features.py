@@ -1,13 +1,13 @@
-"""Cached features: the rows that a frozen CLIP makes of every image, added to a shard directory.
+"""Cached features: the rows that a frozen CLIP computes for every image, added to a shard directory.
 
-    SHARDS/features-KEY-00000.arrow ...   one row an image, in the order of the image table
+    SHARDS/features-KEY-00000.arrow ...   one row per image, in the order of the image table
 
-KEY is a hash of everything that the features depend on, so a file that has its name is complete and right, and a job
-that was stopped goes on behind it. The manifest names the files last. Each file is computed by itself, in batches that
-start with the file, so its bytes do not depend on which rank computes it or how many there are (on one kind of device
-and one version of torch).
+KEY is a hash of everything that the features depend on, and a file gets its name when it is complete. So a job that was
+stopped skips the files that exist. The manifest lists the files last. Each file is computed in batches of its own, so
+its bytes do not depend on the rank that computes it or on the number of ranks (on one kind of device and one version of
+torch).
 
-    N images of a batch, S their side in pixels, P visual tokens, W vision width
+Dimensions: N images of a batch, S image side in pixels, F rows per image, W vision width.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from lavin_ds.models.vision import VisionTower
 from lavin_ds.weights.clip import check_clip, load_clip
 
 FILE_ROWS = 256  # at most 6 MB of ViT-L/14's features; small enough to keep many ranks equally busy
-BATCH = 32  # images a forward pass; part of KEY, because rounding may depend on it
+BATCH = 32  # images per forward pass; part of KEY, because rounding may depend on it
 
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """A job that passed every check. `done` is True if the directory has exactly these features already."""
+    """A job that passed every check. `done` is True if the directory already has exactly these features."""
 
     directory: Path
     clip: Path
@@ -67,11 +67,11 @@ class FeatureJob:
 
 
 def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False) -> FeatureJob:
-    """Checks recipe, shards and CLIP file; computes nothing but the CLIP file's hash.
+    """Checks recipe, shards and CLIP file. The only thing it computes is the CLIP file's hash.
 
     Raises:
-        UserError: the recipe has no vision, or adapters in its ViT; the shards have no images, or images that differ
-            from the recipe's, or features of another kind and `overwrite` is False; the CLIP file does not fit the
+        UserError: the recipe has no vision, or has adapters in its ViT; the shards have no images, or images that do
+            not match the recipe, or (without `overwrite`) features of another kind; the CLIP file does not fit the
             recipe.
     """
     vision, adapter = config.model.vision, config.model.vision_adapter
@@ -79,9 +79,9 @@ def plan(directory: Path, clip: Path, config: RunConfig, overwrite: bool = False
         raise UserError(f"Recipe {config.name} is text-only (it has no model.vision): there are no features to cache.")
     if adapter.kind != "none":
         raise UserError(
-            f"Recipe {config.name} has adapters in its ViT (model.vision_adapter.kind {adapter.kind}), which change "
-            "the features at every step of training: cached ones would be wrong. Train it from pixels as it is, or "
-            "set model.vision_adapter.kind=none."
+            f"Recipe {config.name} has adapters in its ViT (model.vision_adapter.kind {adapter.kind}). They change "
+            "the features at every training step, so cached ones would be wrong. Train the recipe from pixels, or set "
+            "model.vision_adapter.kind=none."
         )
     reader = _reader(directory)
     disagreements = check_images(reader.manifest, config)
@@ -128,10 +128,9 @@ def extract(
     ranks: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Computes every `ranks`-th file from file `rank` on, except those that are there already.
+    """Computes the files `rank`, `rank + ranks`, `rank + 2 * ranks` and so on, except those that exist.
 
-    Returns the number of images computed. `on_progress` is called with that number so far, and with the number of
-    images that this rank has to compute.
+    Returns the number of images computed. `on_progress(done, total)` counts the images of this rank.
 
     Raises:
         UserError: the disk is full or the directory cannot be written.
@@ -165,7 +164,7 @@ def extract(
 
 
 def finish(job: FeatureJob) -> Manifest:
-    """Names the files in the manifest, once all ranks are done, and removes the files of other features."""
+    """Lists the files in the manifest and removes those of other features. To be called when all ranks are done."""
     files = [
         FileEntry(
             name=path.name,
@@ -187,12 +186,12 @@ def finish(job: FeatureJob) -> Manifest:
 
 @torch.inference_mode()
 def features_of_images(tower: VisionTower, images_NSSC: torch.Tensor) -> np.ndarray:
-    """float32 [N, F, W] of uint8 pixels on the tower's device."""
+    """Features, float32 [N, F, W], of uint8 pixels [N, S, S, 3] on the tower's device."""
     return tower(images_NSSC).float().cpu().numpy()
 
 
 def _prefetched(reader: ShardReader, files: list[range], loader: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
-    """Batches of pixels, file after file; the next one is read while this one is computed."""
+    """Batches of pixels, file by file. `loader` reads the next batch while the caller computes the current one."""
 
     def read(rows: range) -> torch.Tensor:
         return torch.from_numpy(np.stack([reader.image(i) for i in rows]))

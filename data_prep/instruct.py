@@ -4,8 +4,8 @@
     LLaVA    [{"image": path below IMAGES or absent, "conversations": [{"from": "human", "value": ..},
               {"from": "gpt", "value": ..}, ..]}, ..]
 
-LLaVA's ids are not unique (the same COCO image is under a conversation, a description and a question), and Alpaca
-has none. So a row's id is the file's name and the record's number in it, followed by the turn's number where a
+LLaVA's ids are not unique (a conversation, a description and a question about one COCO image share its id), and Alpaca
+has none. So a row's id is the file's name and the record's number in it, followed by the turn's number if a
 conversation was cut into single turns.
 """
 
@@ -51,7 +51,7 @@ class RawLlava(RawRecord):
 
 @dataclass(frozen=True)
 class Instruct(Source):
-    """Instructions of Alpaca and LLaVA, mixed in one set; data.prompt_format says single-turn or conversation."""
+    """Instructions of Alpaca and LLaVA in one set; data.prompt_format is single-turn or conversation."""
 
     # A raw record is its file's kind and its JSON.
     kind = "instruct"
@@ -80,10 +80,10 @@ class Instruct(Source):
             raise UserError("There is nothing to prepare: give files with --alpaca and --llava.")
         [(stem, count)] = Counter(path.stem for _, path in self.files).most_common(1)
         if count > 1:
-            raise UserError(f"{count} files are named {stem}, and the ids of their rows would be the same: rename one.")
+            raise UserError(f"{count} files are named {stem}, so their rows would have the same ids: rename one.")
         if self.images and not self.images.is_dir():
             raise UserError(
-                f"--images {self.images} is no folder: give the one that the paths in LLaVA's files start from."
+                f"--images {self.images} is not a folder: give the one that the paths in LLaVA's files start from."
             )
         listed, sha256 = [], {}
         for kind, path in self.files:
@@ -110,7 +110,7 @@ class Instruct(Source):
         image = ""
         if record.image:
             if not self.images:
-                raise Refused("image", "is given, and --images is not")
+                raise Refused("image", "is given, but --images is not")
             image = path_below("image", record.image)
         said = record.conversations
         if [turn.speaker for turn in said] != ["human", "gpt"] * (len(said) // 2):

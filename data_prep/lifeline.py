@@ -1,6 +1,6 @@
-"""What a worker process of `Runner` does first: it sees to it that it ends with the process that started it.
+"""The entry point of `Runner`'s worker processes. A worker ends when the process that started it ends.
 
-This file imports next to nothing, so that the worker can be ended while it still imports what its work needs.
+This file imports almost nothing, so that a worker can be ended while it still imports what its tasks need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _worker: Any = None
 
 
 def start(lifeline: Connection, worker: bytes) -> None:
-    """Unpickles the worker; ends this process as soon as the other end of `lifeline` is closed."""
+    """Unpickles the worker, and ends this process when the other end of `lifeline` is closed."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()

@@ -1,12 +1,12 @@
-"""People's own conversations: one file, a record a line (JSON Lines) or one JSON list, in one of two layouts.
+"""A user's own conversations: one file of JSON Lines (one record per line) or one JSON list, in one of two layouts.
 
     messages        {"messages": [{"role": "user", "content": ..}, {"role": "assistant", "content": ".."}, ..]}, with
-                    content a text or a list of {"type": "text", "text": ..} and {"type": "image_url", "image_url":
-                    {"url": PATH}} or {"type": "image", "image": PATH}, as OpenAI and Hugging Face write it
+                    content a text, or a list of {"type": "text", "text": ..} and {"type": "image_url", "image_url":
+                    {"url": PATH}} or {"type": "image", "image": PATH}; as OpenAI and Hugging Face write it
     conversations   {"image": PATH, "conversations": [{"from": "human", "value": "<image>\\n.."}, {"from": "gpt",
                     "value": ".."}, ..]}, as ShareGPT and LLaVA write it
 
-Both may have the keys `image` or `images` (at most one image a record) and `split` (train, val or test). A system
+Both may have the keys `image` or `images` (at most one image per record) and `split` (train, val or test). A system
 message is put before the first instruction. docs/own-data.md is the guide.
 """
 
@@ -45,9 +45,9 @@ class Own(Source):
     recipe = "own-7b"
 
     data: Path = option("JSON Lines, or one JSON list, of messages (OpenAI) or conversations (ShareGPT, LLaVA).")
-    images: Path | None = option("Folder that image paths start from; default that of --data.", None)
+    images: Path | None = option("Folder that image paths start from; default: the folder of --data.", None)
     val_fraction: float = option("Share of the records held out as split val, if no record has a `split`.", 0.05)
-    seed: int = option("Another seed holds out other records.", 0)
+    seed: int = option("Seed of the choice of records held out.", 0)
 
     @property
     def where(self) -> str:
@@ -62,7 +62,7 @@ class Own(Source):
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction} must be at least 0 and below 1.")
         if self.images and not self.images.is_dir():
-            raise UserError(f"--images {self.images} is no folder: give the one that image paths start from.")
+            raise UserError(f"--images {self.images} is not a folder: give the one that image paths start from.")
         listed, sha256 = self._read_file()
         splits = _given_splits(listed)
         if splits is None:
@@ -80,9 +80,9 @@ class Own(Source):
         return Record(texts_of(listed.id, turns, prompt.format), paths[0] if paths else "")
 
     def _group(self, listed: Listed, prompt: PromptSettings) -> str | None:
-        """Records of a group are in one split: those with the same image, or without one those that say the same.
+        """The group of a record: its image, or its whole content if it has none. A group stays in one split.
 
-        None for a bad record: only good ones are drawn, so that no split is left empty without the bad ones.
+        None for a bad record. Only good records are held out, so that leaving the bad ones out leaves no split empty.
         """
         if listed.fault:
             return None
@@ -95,10 +95,10 @@ class Own(Source):
         return json.dumps(listed.raw, sort_keys=True)
 
     def _read_file(self) -> tuple[list[Listed], str]:
-        """The records, named `FILE:LINE` (of a JSON list `FILE[INDEX]`), and the file's SHA-256."""
+        """The records, named `FILE:LINE` (in a JSON list `FILE[INDEX]`), and the file's SHA-256."""
         name = self.data.name
         if self.data.is_dir():
-            raise UserError(f"--data {self.data} is a folder: give the file of the records.")
+            raise UserError(f"--data {self.data} is a folder: give the file that holds the records.")
         if _is_json_list(self.data):
             records, sha256 = read_json(self.data, list, LAYOUT)
             listed = [Listed(f"{name}[{number}]", raw) for number, raw in enumerate(records)]
@@ -122,14 +122,14 @@ def _is_json_list(path: Path) -> bool:
 
 
 def _given_splits(listed: list[Listed]) -> dict[str, list[Listed]] | None:
-    """The records by their own `split`; None if none has one."""
+    """The records by their key `split`; None if no record has it."""
     if not any(isinstance(one.raw, dict) and "split" in one.raw for one in listed):
         return None
     splits: dict[str, list[Listed]] = {name: [] for name in SPLITS}
     for one in listed:
         split = one.raw.get("split") if isinstance(one.raw, dict) else None
         if one.fault is None and split not in SPLITS:
-            reason = "is missing, and other records have one" if split is None else f"is {_shown(split)}"
+            reason = "is missing, but other records have it" if split is None else f"is {_shown(split)}"
             one = Listed(one.id, one.raw, Refused("split", f"{reason}: it must be {', '.join(SPLITS[:2])} or test"))
         splits[split if split in SPLITS else "train"].append(one)
     return splits
@@ -138,12 +138,12 @@ def _given_splits(listed: list[Listed]) -> dict[str, list[Listed]] | None:
 def _drawn_splits(
     listed: list[Listed], groups: list[str | None], val_fraction: float, seed: int
 ) -> dict[str, list[Listed]]:
-    """Holds out groups of records as val, until they are `val_fraction` of all; those of no group stay in train."""
+    """Holds out groups as val until these have `val_fraction` of all records. Records without a group stay in train."""
     sizes = Counter(group for group in groups if group is not None)
     drawn = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
     wanted = max(1, round(val_fraction * len(listed))) if val_fraction else 0
     held_out: set[str] = set()
-    for group in drawn[:-1]:  # the last one is left to train on
+    for group in drawn[:-1]:  # at least one group stays in train
         if wanted <= 0:
             break
         held_out.add(group)
@@ -155,14 +155,14 @@ def _drawn_splits(
 
 
 def _said(raw: Any) -> tuple[str, list[tuple[str, str]], list[tuple[str, Any]]]:
-    """A record's layout, who says what as (role, text), and the images in it as (key, address)."""
+    """A record's layout, its messages as (role, text), and the images in them as (key, address)."""
     if not isinstance(raw, dict):
         raise Refused("record", "is not a JSON mapping")
     key = next((key for key in ("messages", "conversations") if raw.get(key) is not None), None)
     if key is None:
-        raise Refused("record", f"has neither messages nor conversations, but {', '.join(raw) or 'no key'}")
+        raise Refused("record", f"has neither messages nor conversations, only {', '.join(raw) or 'no key'}")
     if not isinstance(raw[key], list) or not raw[key]:
-        raise Refused(key, "is not a list of messages, or empty")
+        raise Refused(key, "is empty, or is not a list of messages")
     said, images = [], []
     for number, message in enumerate(raw[key]):
         where = f"{key}[{number}]"
@@ -186,7 +186,8 @@ def _message(where: str, message: dict) -> tuple[str, str, list[tuple[str, Any]]
         raise Refused(where, "calls a tool, which is not supported")
     if message.get("weight", 1) != 1:
         raise Refused(
-            f"{where}.weight", f"is {_shown(message['weight'])}: every reply is learnt, so leave out what is not to be"
+            f"{where}.weight",
+            f"is {_shown(message['weight'])}: every reply is learnt, so remove the weight or the reply",
         )
     if isinstance(content, str):
         return role, content, []
@@ -202,12 +203,12 @@ def _message(where: str, message: dict) -> tuple[str, str, list[tuple[str, Any]]
             address = part.get(kind)
             if isinstance(address, dict):
                 address = address.get("url")
-            if kind == "image" and address is None:  # it marks where the image of the key `image` goes
+            if kind == "image" and address is None:  # a mark for the image that the key `image` names
                 texts.append(IMAGE_MARK)
             else:
                 images.append((key, address))
         else:
-            raise Refused(key, f"is of type {_shown(kind)}: it must be a text, or in a user's message an image")
+            raise Refused(key, f"is of type {_shown(kind)}: it must be text or, in a user's message, an image")
     return role, "\n".join(texts), images
 
 
@@ -236,7 +237,7 @@ def _path(key: str, address: Any) -> str:
     if address.startswith("data:"):
         raise Refused(key, "is a data URL: save the image as a file, and give its path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address):
-        raise Refused(key, f"is an address, {_shown(address)}: download the image, and give its path")
+        raise Refused(key, f"is a URL, {_shown(address)}: download the image, and give its path")
     if "\\" in address:
         raise Refused(key, f"has backslashes, {_shown(address)}: write / between folders")
     if address.startswith("/"):
@@ -245,14 +246,14 @@ def _path(key: str, address: Any) -> str:
 
 
 def _alternating(key: str, said: list[tuple[str, str]]) -> list[str]:
-    """The texts of user and assistant in turn, a system message put before the first."""
+    """The texts of user and assistant, alternating. A system message is put before the first one."""
     system = ""
     if said[0][0] == "system":
         (_, system), *said = said
     roles = [role for role, _ in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise Refused(
-            key, f"must alternate between user and assistant and end with assistant; these are {_brief(roles)}"
+            key, f"must alternate between user and assistant and end with assistant; the roles are {_brief(roles)}"
         )
     texts = [text for _, text in said]
     if system:
@@ -261,7 +262,7 @@ def _alternating(key: str, said: list[tuple[str, str]]) -> list[str]:
 
 
 def _brief(roles: list[str]) -> str:
-    return ", ".join(roles[:6] or ["none of them"]) + ", ..." * (len(roles) > 6)
+    return ", ".join(roles[:6] or ["none"]) + ", ..." * (len(roles) > 6)
 
 
 def _shown(value: Any) -> str:

@@ -4,9 +4,9 @@
     write_images  the distinct images are decoded and resized        -> images-*.arrow
     write_rows    the texts are tokenised                            -> SPLIT-*.arrow
 
-A pass is a list of tasks, which worker processes do side by side. A task is a fixed range of records or images and
-writes one whole file. So the bytes depend on the input alone, and a job that was killed goes on behind the last whole
-file. Memory holds the list of records and, of each image, its hash and path; pixels and tokens are held for one Arrow
+A pass is a list of tasks that worker processes do in parallel. A task covers a fixed range of records or images and
+writes one whole file. So the bytes depend on the input alone, and a job that was killed continues after its last whole
+file. Memory holds the list of records, and the hash and path of each image. It holds pixels and tokens for one Arrow
 batch at a time.
 """
 
@@ -53,10 +53,10 @@ IMAGES_PER_FILE = 512  # about 80 MB at 224 pixels
 
 @dataclass(frozen=True)
 class PrepReport:
-    """What a job made.
+    """The result of a job.
 
-    median_positions, max_positions: by split, of samples as laid out for training, with the modality token: what
-    data.max_length bounds. resumed: files that an earlier, killed run of the job had finished.
+    median_positions, max_positions: by split, of samples laid out for training, with the modality token.
+    data.max_length is their bound. resumed: the number of files that an earlier, killed run had finished.
     """
 
     out: Path
@@ -81,13 +81,13 @@ def prepare(
 ) -> PrepReport:
     """Tokenises every record and stores every image once; the same input gives the same bytes.
 
-    With `on_error` "skip" bad records are left out, counted and written to rejects.jsonl. A job that was killed, or
-    ended by a full disk, is finished by the same call; `restart` begins anew.
+    With `on_error` "skip", bad records are left out, counted and written to rejects.jsonl. If a job was killed or the
+    disk was full, the same call finishes it; `restart` starts over.
 
     Raises:
         UserError: the recipe is for other data, the source's files are missing or malformed, the tokenizer has more
-            pieces than the recipe's model, `out` is in the way, the disk is full, or, with `on_error` "fail", any
-            record is bad: the first 20 are named.
+            pieces than the recipe's model, `out` exists already, the disk is full, or (with `on_error` "fail") a
+            record is bad. The error names the first 20 bad records.
     """
     started = time.monotonic()
     model, settings, vision = Tokenizer(tokenizer), PromptSettings.of(config), config.model.vision
@@ -104,7 +104,7 @@ def prepare(
             images = write_images(catalogue, runner)
             splits, lengths = write_rows(catalogue, runner)
         if on_error == "fail" and catalogue.bad():
-            workspace.discard()  # the same files, mended, are other input
+            workspace.discard()  # once the records are corrected, the input is another one
             raise UserError(catalogue.complaint())
         for split, entry in splits.items():
             if not entry.rows:
@@ -125,7 +125,7 @@ def prepare(
 
 
 def check(source: Source, prompt: PromptSettings, listing: Listing, runner: Runner) -> Catalogue:
-    """Checks every record and hashes every image: which images are there, and which records cannot be used?"""
+    """Checks every record and hashes every image. The catalogue has the distinct images and the bad records."""
     catalogue = Catalogue(source, prompt, listing)
     ranges = list(_ranges(listing))
     tasks = [Task(f"check {split} {start}", "check", (part,), len(part)) for split, start, part in ranges]
@@ -144,7 +144,7 @@ def check(source: Source, prompt: PromptSettings, listing: Listing, runner: Runn
 
 
 def write_images(catalogue: Catalogue, runner: Runner) -> list[FileEntry]:
-    """Writes the distinct images, those that will not decode left out, and notes each one's row of the table."""
+    """Writes the distinct images that can be decoded, and notes the row of each in the image table."""
     ranges = list(_parts(catalogue.images, IMAGES_PER_FILE))
     names = [f"images-{number:05d}.arrow" for number in range(len(ranges))]
     tasks = [Task(name, "write_images", (name, part), len(part)) for name, (_, part) in zip(names, ranges, strict=True)]
@@ -158,7 +158,7 @@ def write_images(catalogue: Catalogue, runner: Runner) -> list[FileEntry]:
 
 
 def write_rows(catalogue: Catalogue, runner: Runner) -> tuple[dict[str, SplitEntry], dict[str, Counter]]:
-    """Writes the samples of all good records; returns the splits, and by split how many samples have which length.
+    """Writes the samples of all good records; returns the splits, and by split the number of samples of each length.
 
     A length counts the positions of a sample laid out for training.
     """
@@ -183,25 +183,25 @@ def write_rows(catalogue: Catalogue, runner: Runner) -> tuple[dict[str, SplitEnt
 def _check_recipe(source: Source, tokenizer: Tokenizer, config: RunConfig) -> None:
     if config.data.prompt_format not in source.formats:
         raise UserError(
-            f"The recipe's data.prompt_format is {config.data.prompt_format}, and that of {source.kind} is "
+            f"The recipe's data.prompt_format is {config.data.prompt_format}, but {source.kind} data needs "
             f"{in_words(source.formats)}: give a recipe such as {source.recipe}."
         )
     if tokenizer.vocab_size > config.model.llm.vocab_size:
         raise UserError(
-            f"Tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces and the recipe's model.llm.vocab_size is "
-            f"{config.model.llm.vocab_size}: give the tokenizer of that base, or its recipe."
+            f"Tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, but the recipe's model.llm.vocab_size is "
+            f"{config.model.llm.vocab_size}: give the tokenizer of the recipe's base, or another recipe."
         )
 
 
 def _check_names(listing: Listing) -> None:
-    """A split's name begins the names of its files."""
+    """Refuses a split's name that cannot begin the names of its files."""
     for split in listing.splits:
         if not re.fullmatch(r"[A-Za-z0-9_]+", split) or split == "images":
-            raise UserError(f"A split cannot be named '{split}': give it letters, digits and _, and not 'images'.")
+            raise UserError(f"A split cannot be named '{split}': use letters, digits and _, but not the name 'images'.")
 
 
 def _inputs(source: Source, listing: Listing, tokenizer: Tokenizer, config: RunConfig) -> dict[str, str]:
-    """Everything that decides what the shards will hold: an unfinished job goes on only if these are the same."""
+    """Everything that the shards' content depends on. An unfinished job continues only if all of it is the same."""
     vision = config.model.vision
     return {
         "lavin_ds": __version__,
@@ -215,7 +215,7 @@ def _inputs(source: Source, listing: Listing, tokenizer: Tokenizer, config: RunC
         **{f"prompt {key}": str(value) for key, value in PromptSettings.of(config).model_dump().items()},
         "image size": str(vision.image_size) if vision else "none",
         "data.image_resize": config.data.image_resize,
-        "records and images a file": f"{RECORDS_PER_FILE}, {IMAGES_PER_FILE}",
+        "records and images per file": f"{RECORDS_PER_FILE}, {IMAGES_PER_FILE}",
     }
 
 
@@ -262,7 +262,7 @@ def _manifest(job: Job, tokenizer: Tokenizer, splits: dict[str, SplitEntry], fil
 
 
 def _write_descriptions(folder: Path, catalogue: Catalogue, tokenizer: Tokenizer, manifest: Manifest) -> None:
-    """Writes what is beside the shards: the tokenizer, what was left out, and last the manifest."""
+    """Writes the files beside the shards: the tokenizer, the list of what was left out, and last the manifest."""
     shutil.copyfile(tokenizer.path, folder / tokenizer.shard_name)
     sync(folder / tokenizer.shard_name)
     if left_out := catalogue.left_out():
@@ -272,14 +272,14 @@ def _write_descriptions(folder: Path, catalogue: Catalogue, tokenizer: Tokenizer
 
 
 def _ranges(listing: Listing) -> Iterator[tuple[str, int, list]]:
-    """The records of every file of rows: their split, the number of the first, and the records."""
+    """For each file of rows: the split, the number of the first record, and the records."""
     for split, listed in listing.splits.items():
         for start, part in _parts(listed, RECORDS_PER_FILE):
             yield split, start, part
 
 
 def _parts(items: list, size: int) -> Iterator[tuple[int, list]]:
-    """Slices of `size` items, each with the number of its first."""
+    """Slices of `size` items, each with the index of its first item."""
     for start in range(0, len(items), size):
         yield start, items[start : start + size]
 
@@ -289,7 +289,7 @@ def _entries(result: dict) -> list[FileEntry]:
 
 
 def _added(results: list[dict], key: str) -> Counter:
-    """The sum of counts, which results hold as pairs."""
+    """The sum of the counts that each result holds as (name, count) pairs."""
     counts: Counter = Counter()
     for result in results:
         counts.update(dict(map(tuple, result[key])))
@@ -297,7 +297,7 @@ def _added(results: list[dict], key: str) -> Counter:
 
 
 def _median(counts: Counter) -> int:
-    """The lower median of values given by how often each occurs; 0 of none."""
+    """The lower median of values, given how often each occurs; 0 if there are none."""
     left = (counts.total() - 1) // 2
     for value in sorted(counts):
         left -= counts[value]

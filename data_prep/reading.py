@@ -14,12 +14,12 @@ from lavin_ds.data_prep.records import Refused
 from lavin_ds.errors import UserError
 
 MAX_IMAGE_BYTES = 200_000_000
-UTF8_MARK = b"\xef\xbb\xbf"  # Windows' editors put it before the text
-NAMES = {dict: "mapping", list: "list"}  # of JSON's values
+UTF8_MARK = b"\xef\xbb\xbf"  # some Windows editors put it before the text
+NAMES = {dict: "mapping", list: "list"}  # of JSON values, in errors
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a character: JSON escapes can spell one, and no tokenizer takes it."""
+    """Whether a text has no lone surrogate. JSON escapes can spell one, and no tokenizer accepts it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -34,18 +34,18 @@ def _whole_characters(text: str) -> str:
 
 
 Unicode = Annotated[str, AfterValidator(_whole_characters)]
-# Derived sets write null for a text that is not there.
+# Some data sets write null for a missing text.
 OptionalText = Annotated[Unicode, BeforeValidator(lambda value: "" if value is None else value)]
 
 
 class RawRecord(BaseModel):
-    """The keys of a source's record that are used; others are ignored."""
+    """The keys of a record that are used. Other keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     @classmethod
     def check(cls, raw: Any):
-        """The record of a JSON value; raises Refused with the first key that is wrong."""
+        """Makes a record of a JSON value; raises Refused with the first key that is wrong."""
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -57,12 +57,12 @@ class RawRecord(BaseModel):
 
 
 def comma_separated(words: str) -> tuple[str, ...]:
-    """The names in an option such as `train,val`, each once."""
+    """The names in an option such as `train,val`, without repeats."""
     return tuple(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a string can only name something directly in a folder."""
+    """Whether a string names something directly in a folder: it has no separators and is not `..`."""
     printable = name.isprintable() and not set(name) & set("/\\:")
     return printable and name not in ("", ".", "..")
 
@@ -70,11 +70,11 @@ def is_plain_name(name: str) -> bool:
 def path_below(key: str, *parts: str) -> str:
     """Joins names or relative paths that a record gives; raises Refused if the result could leave the folder.
 
-    Links are followed: the folder's owner made them, not the record.
+    Symbolic links are followed, because the folder's owner made them and not the record.
     """
     for part in parts:
         if not part or not all(map(is_plain_name, part.split("/"))):
-            raise Refused(key, f"'{part}' is no plain relative path, or would leave the image folder")
+            raise Refused(key, f"'{part}' is not a plain relative path inside the image folder")
     return str(PurePosixPath(*parts))
 
 
@@ -91,10 +91,11 @@ def read_image_file(path: Path) -> bytes:
 
 
 def read_json(path: Path, kind: type, layout: str) -> tuple[Any, str]:
-    """A JSON file's value and the SHA-256 of its bytes. `layout` says in the error what was expected.
+    """A JSON file's value and the SHA-256 of its bytes. Errors use `layout` to say what was expected.
 
     Raises:
-        UserError: it is missing, not UTF-8, not JSON, no `kind` (dict or list), or says a key of a mapping twice.
+        UserError: the file is missing, is not UTF-8 or not JSON, does not hold a `kind` (dict or list), or has the same
+            key twice in a mapping.
     """
     try:
         content = path.read_bytes()
@@ -107,20 +108,20 @@ def read_json(path: Path, kind: type, layout: str) -> tuple[Any, str]:
         if _is_json_lines(content):
             remedy = f". `jq -s . {path.name} > list.json` makes one" if kind is list else ""
             raise UserError(
-                f"{path} is JSON Lines, and must be a single JSON {NAMES[kind]}: {layout}{remedy}."
+                f"{path} is JSON Lines, but must be a single JSON {NAMES[kind]}: {layout}{remedy}."
             ) from None
         raise UserError(f"{path} is not valid JSON ({error}): download or write it again.") from None
     if not isinstance(raw, kind):
         raise UserError(
-            f"{path} must hold a JSON {NAMES[kind]}, and holds a {NAMES.get(type(raw), 'single value')}: {layout}."
+            f"{path} must hold a JSON {NAMES[kind]}, but holds a {NAMES.get(type(raw), 'single value')}: {layout}."
         )
     return raw, hashlib.sha256(content).hexdigest()
 
 
 def read_json_lines(path: Path, layout: str) -> tuple[list[tuple[int, Any]], str]:
-    """The values of a JSON Lines file with the numbers of their lines, from 1, and the SHA-256 of its bytes.
+    """The values of a JSON Lines file, each with its line number (from 1), and the SHA-256 of the file's bytes.
 
-    A line that cannot be read has a Refused as its value; blank lines are left out.
+    The value of a line that cannot be read is a Refused. Blank lines are skipped.
 
     Raises:
         UserError: the file cannot be read, or none of its lines can.
@@ -134,7 +135,7 @@ def read_json_lines(path: Path, layout: str) -> tuple[list[tuple[int, Any]], str
         if line.strip():
             values.append((number, _value(line)))
     if values and all(isinstance(value, Refused) for _, value in values):
-        raise UserError(f"{path} is not JSON Lines, which has a JSON value on each line: {layout}.")
+        raise UserError(f"{path} is not JSON Lines (one JSON value per line): {layout}.")
     return values, hashlib.sha256(content).hexdigest()
 
 
@@ -148,7 +149,7 @@ def _value(line: bytes) -> Any:
 
 
 def _is_json_lines(content: bytes) -> bool:
-    """Whether the first two lines are JSON values of their own."""
+    """Whether each of the first two lines is a whole JSON value."""
     try:
         lines = [line for line in content.decode("utf-8").split("\n", 2)[:2] if line.strip()]
         return len(lines) == 2 and all(isinstance(json.loads(line), dict | list) for line in lines)
@@ -160,5 +161,5 @@ def _without_repeats(pairs: list[tuple]) -> dict:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key '{repeated}' stands twice in one mapping")
+        raise ValueError(f"the key '{repeated}' appears twice in one mapping")
     return mapping

@@ -1,4 +1,4 @@
-"""What a kind of data tells the pipeline: where its records are, and which samples each record becomes."""
+"""The interface of a kind of data: where its records are, and which samples each record becomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Refused(Exception):
-    """Why a record cannot be used: the key that is wrong, and the reason as a clause."""
+    """A record cannot be used: the key that is wrong, and the reason as a clause."""
 
     @property
     def key(self) -> str:
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Listed:
-    """A record as its source lists it, not yet checked. `fault`: set if the list alone shows that it is unusable."""
+    """A record as its source lists it, not yet checked. `fault` is set if the list alone shows that it is unusable."""
 
     id: str
     raw: Any
@@ -43,7 +43,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Text:
-    """One sample of a record: its turns, and the columns that only one kind of data has (see ROW_SCHEMA)."""
+    """One sample of a record: its turns, and the columns that only some kinds of data have (see ROW_SCHEMA)."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -57,14 +57,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Record:
-    """A checked record: its samples, and the image they show, as a path below the source's root ("" for none)."""
+    """A checked record: its samples, and their image as a path below the source's root ("" for none)."""
 
     texts: tuple[Text, ...]
     image: str = ""
 
 
 def option(help: str, default: Any = MISSING) -> Any:
-    """A field of a source that is an option on the command line; without a default it must be given."""
+    """A field of a source that is an option on the command line. It is required if it has no default."""
     return field(default=default, metadata={"help": help})
 
 
@@ -76,7 +76,7 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]  # the command's name, and `kind` in the manifest
-    formats: ClassVar[tuple[str, ...]]  # values of data.prompt_format that it can word
+    formats: ClassVar[tuple[str, ...]]  # the values of data.prompt_format that it supports
     recipe: ClassVar[str]  # the default of --recipe
 
     @property
@@ -99,11 +99,11 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, listed: Listed, prompt: PromptSettings) -> Record:
-        """Checks one record and words its samples; raises Refused."""
+        """Checks one record and makes its samples; raises Refused."""
 
 
 def in_words(names: tuple[str, ...]) -> str:
-    """Names as a clause; of a long list the first three."""
+    """Names joined with "or"; only the first three of a long list."""
     if len(names) <= 6:
         return " or ".join(names)
     return f"{', '.join(names[:3])} or {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""Runs the tasks of a job: only those that no earlier run finished, and in worker processes if there are several."""
+"""Runs those tasks of a job that no earlier run finished, in worker processes if there are several."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from lavin_ds.data_prep.worker import Job, Task, Worker
 from lavin_ds.data_prep.workspace import Workspace
 from lavin_ds.errors import UserError
 
-Progress = Callable[[str, int, int], None]  # the pass, and how much of how much is done
+Progress = Callable[[str, int, int], None]  # called with the pass, the work done and the work in all
 
 
 class Runner:
-    """Use as a context manager: the processes end with the block, or with this process if that is killed."""
+    """A context manager. Its worker processes end with the block, or with this process if it is killed."""
 
     def __init__(self, job: Job, workspace: Workspace, workers: int, on_progress: Progress | None):
         self.worker, self.workspace, self.workers = Worker(job), workspace, workers
         self.on_progress = on_progress or (lambda stage, done, total: None)
 
     def __enter__(self) -> Runner:
-        # Nothing is sent through the pipe: workers end when its other end closes, as it does if this process dies.
+        # Nothing is sent through the pipe. Workers end when this end of it closes, which also happens if this process
+        # dies.
         theirs, self._ours = Pipe(duplex=False)
         # Spawned, because forked processes would inherit this one's threads.
         self._pool = ProcessPoolExecutor(
@@ -34,11 +35,11 @@ class Runner:
         return self
 
     def __exit__(self, *_) -> None:
-        self._ours.close()  # first, so that nobody waits for tasks that are no longer wanted
+        self._ours.close()  # first: it ends the workers, so the pool does not wait for tasks that still run
         self._pool.shutdown()
 
     def run(self, stage: str, tasks: list[Task]) -> Iterator[dict]:
-        """Yields the results of all tasks in order, and keeps none.
+        """Yields the results of all tasks in order. A result is dropped once it is yielded.
 
         Raises:
             UserError: from a task, or a worker process was killed.
@@ -63,13 +64,13 @@ class Runner:
             yield task, self.worker.do(task)
 
     def _in_parallel(self, tasks: list[Task]) -> Iterator[tuple[Task, dict]]:
-        """Tasks and their results in the order in which they are finished."""
+        """Tasks and their results, in the order in which they finish."""
         try:
             futures = {self._pool.submit(lifeline.do, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool:
             raise UserError(
-                "A worker process was killed; most often memory ran out. What is finished is kept: run the same "
-                "command again, with fewer --workers."
+                "A worker process was killed, most likely because memory ran out. Finished files are kept: run the "
+                "same command again with fewer --workers."
             ) from None

@@ -1,6 +1,6 @@
 """A small ScienceQA: generated questions and pictures in the official schema and folder layout.
 
-Half the questions are about a picture, half are text alone; seven kinds of each take turns.
+Half the questions are about a picture, half are text alone. There are seven kinds of each, used in turn.
 
 No picture question can be answered from its text. What the picture shows is drawn first, then the wrong
 choices from the same pool, then the order; the question, the hint and the lecture do not depend on what is
@@ -19,7 +19,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 SIZE = 64  # pixels a side of a finished picture
-CANVAS = 2 * SIZE  # drawn at twice the size, then reduced: smooth edges
+CANVAS = 2 * SIZE  # drawn at twice the size, then reduced, for smooth edges
 MAX_CHOICES = 5
 
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -74,10 +74,10 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Item:
-    """What one kind of question draws. `picture` and `caption` are there for picture questions only."""
+    """One drawn question. Only picture questions have `picture` and `caption`."""
 
     question: str
-    pool: Sequence[str]  # what the wrong choices come from, the right one among them
+    pool: Sequence[str]  # every possible choice, the right one included
     value: str  # the right choice
     solution: str
     hint: str = ""
@@ -364,7 +364,7 @@ def _tense(rng: Random) -> Item:
 
 
 def _member(rng: Random, groups: dict[str, tuple[str, ...]]) -> tuple[str, str, list[str]]:
-    """A group, one of its members, and the pool of that member and all that belong elsewhere."""
+    """A group, one of its members, and a pool of that member and the members of all other groups."""
     group = rng.choice(list(groups))
     member = rng.choice(groups[group])
     outside = [other for name, members in groups.items() if name != group for other in members]
@@ -430,7 +430,7 @@ def _order_choices(rng: Random, item: Item) -> list[str]:
 
 
 def make_sample(seed: int, split: str, index: int) -> Sample:
-    """Record number `index` of a split, from its three arguments alone; the kinds take turns with `index`."""
+    """Record number `index` of a split. It depends on the three arguments alone; `index` chooses the kind in turn."""
     rng = Random(f"lavin-ds sample {seed} {split} {index}")
     kind = list(KINDS.values())[index % len(KINDS)]
     item = kind.draw(rng)

@@ -58,7 +58,7 @@ class ScienceQA(Source):
     recipe = "lavin-7b"
 
     data: Path = option("Folder with problems.json, pid_splits.json and images/.")
-    splits: str = option("Comma-separated; default those of train,val,test that exist.", "")
+    splits: str = option("Comma-separated; default: those of train,val,test that exist.", "")
 
     @property
     def where(self) -> str:
@@ -70,7 +70,7 @@ class ScienceQA(Source):
 
     def listing(self, prompt: PromptSettings) -> Listing:
         if self.data.is_file():
-            raise UserError(f"--data {self.data} is a file: give the folder that it lies in.")
+            raise UserError(f"--data {self.data} is a file: give the folder that holds it.")
         problems, problems_sha256 = read_json(self.data / "problems.json", dict, LAYOUT)
         ids, ids_sha256 = read_json(self.data / "pid_splits.json", dict, LAYOUT)
         sha256 = {"problems.json": problems_sha256, "pid_splits.json": ids_sha256}
@@ -120,7 +120,7 @@ class ScienceQA(Source):
             raise UserError(f"{path} must hold a mapping of ids under the key captions.")
         for pid, caption in captions.items():
             if not isinstance(caption, str) or not is_unicode(caption):
-                raise UserError(f"{path}: the caption of {pid} is not text: mend it.")
+                raise UserError(f"{path}: the caption of {pid} is not text: correct it.")
         return captions, sha256
 
 
@@ -129,9 +129,9 @@ def _listed(split: str, ids: list[str], problems: dict, captions: dict[str, str]
     for pid in ids:
         fault = None
         if pid in seen:
-            fault = Refused("id", f"stands twice in pid_splits.json under {split}")
+            fault = Refused("id", f"appears twice in pid_splits.json under {split}")
         elif not is_plain_name(pid):
-            fault = Refused("id", "is no plain name: it would leave the image folder")
+            fault = Refused("id", "is not a plain file name, so it could lead out of the image folder")
         elif pid not in problems:
             fault = Refused("id", "is not in problems.json")
         seen.add(pid)

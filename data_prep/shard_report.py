@@ -1,6 +1,6 @@
 """What is in a shard directory: counts, lengths, labels, the padding that training would compute, and single samples.
 
-It needs the shards only: no weights, and no torch.
+It needs only the shards: no weights and no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavin_ds.data.schema import REJECTS_NAME, LengthCounts, Manifest, load_mani
 from lavin_ds.data.shards import ShardReader
 from lavin_ds.errors import UserError
 
-STEPS_LOOKED_AT = 200  # optimizer steps whose micro-batches are made
+STEPS_LOOKED_AT = 200  # optimizer steps whose padding is counted
 BINS = 16  # of the histograms
 
 Kind = Literal["modality token", "BOS", "prefix", "visual slot", "prompt", "label"]
@@ -31,8 +31,8 @@ Kind = Literal["modality token", "BOS", "prefix", "visual slot", "prompt", "labe
 class SplitReport:
     """One split. A length counts the positions of a sample laid out for training, with its modality token.
 
-    trainable: rows that have labels. label_share: the part of the trainable rows' positions that is labelled.
-    histogram_*: rows by length in BINS bins; the first is 1 to Report.bin_width, the next ends at twice that, ..
+    trainable: the number of rows that have labels. label_share: the share of their positions that is labelled.
+    histogram_*: rows per bin of lengths. Bin 0 holds lengths 1 to Report.bin_width, bin 1 those up to twice that, etc.
     """
 
     rows: int
@@ -51,11 +51,11 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Padding:
-    """Positions that are not padding per position computed, by how micro-batches are made.
+    """The share of computed positions that are not padding, for several ways to make micro-batches.
 
-    to_max_length: each sample padded to data.max_length. sampler: as training makes them without packing.
-    with_waiting: as `sampler`, but the time that ranks wait for the slowest one counts as computed positions.
-    packed: with training.packing. None if so few samples cannot be dealt to so many ranks.
+    to_max_length: each sample is padded to data.max_length. sampler: as in training without packing. with_waiting: as
+    `sampler`, but the time that ranks wait for the slowest one counts as computed positions. packed: with
+    training.packing. None if there are too few samples for so many ranks.
     """
 
     ranks: int
@@ -75,7 +75,7 @@ class Report:
     rejects: dict[str, int]  # samples in rejects.jsonl, by the key that was wrong
     global_batch: int
     micro_batch: int
-    padding: list[Padding]  # of split `train`, or else of the first
+    padding: list[Padding]  # of split `train`, or of the first split if there is no `train`
 
     def as_dict(self) -> dict:
         splits = {name: asdict(split) | {"lengths": split.lengths.model_dump()} for name, split in self.splits.items()}
@@ -94,7 +94,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Token:
-    """One position of a sample: its id (None for the modality token), how it reads, and what it is there for."""
+    """One position of a sample: its id (None for the modality token), its text and its kind."""
 
     id: int | None
     text: str
@@ -112,7 +112,7 @@ class SampleView:
     source: str | None
 
     def spans(self) -> Iterator[tuple[Kind, int, int]]:
-        """Runs of positions of one kind: kind, first, last."""
+        """Runs of positions of the same kind, as (kind, first, last)."""
         start = 0
         for i in range(1, len(self.tokens) + 1):
             if i == len(self.tokens) or self.tokens[i].kind != self.tokens[start].kind:
@@ -123,10 +123,12 @@ class SampleView:
 def make_report(
     directory: Path, visual_tokens: int | None = None, global_batch: int = 32, micro_batch: int = 4
 ) -> Report:
-    """Reads all splits. visual_tokens: those of the run that will read the shards; None: what they were prepared for.
+    """Reads all splits.
+
+    visual_tokens: per image, in the run that will read the shards. None: as the shards were prepared.
 
     Raises:
-        UserError: the directory or a file of it cannot be read.
+        UserError: the directory or a file in it cannot be read.
     """
     manifest = load_manifest(directory)
     visual = manifest.prompt.visual_tokens if visual_tokens is None else visual_tokens
@@ -148,13 +150,13 @@ def make_report(
 
 
 def view(directory: Path, split: str, sample: str | None = None, visual_tokens: int | None = None) -> SampleView:
-    """One sample laid out for training; a row without labels, for evaluation.
+    """One sample laid out for training, or for evaluation if it has no labels.
 
-    sample: an id or, if no row has it, a row's number from 0. None: the first row with an image and labels, or the
-    first of all.
+    sample: an id; if no row has this id, the number of a row, from 0. None: the first row with an image and labels, or
+    the first row if there is none.
 
     Raises:
-        UserError: no such split or sample, or the directory cannot be read.
+        UserError: there is no such split or sample, or the directory cannot be read.
     """
     reader = ShardReader(directory, split)
     visual = reader.manifest.prompt.visual_tokens if visual_tokens is None else visual_tokens
@@ -190,7 +192,7 @@ def view(directory: Path, split: str, sample: str | None = None, visual_tokens: 
 
 
 def plot(report: Report, path: Path) -> None:
-    """Histograms of lengths, a panel a split, text and image rows stacked, as a PNG."""
+    """Draws a PNG of histograms of lengths: one panel per split, with text rows and image rows stacked."""
     import matplotlib
 
     from lavin_ds.files import write_atomically
@@ -228,7 +230,7 @@ def _split_report(reader: ShardReader, visual_tokens: int, bin_width: int) -> Sp
         rows_text=int((~has_image).sum()),
         rows_image=int(has_image.sum()),
         trainable=len(trained),
-        median=int(np.percentile(lengths, 50, method="lower")),  # as prep's
+        median=int(np.percentile(lengths, 50, method="lower")),  # as prep computes it
         mean=float(lengths.mean()),
         longest=int(lengths.max()),
         label_share=float(reader.label_counts.sum() / trained.sum()) if len(trained) else 0.0,
@@ -240,12 +242,12 @@ def _split_report(reader: ShardReader, visual_tokens: int, bin_width: int) -> Sp
 
 
 def _edges(bin_width: int) -> np.ndarray:
-    """Of bins that end at multiples of bin_width, that one included."""
+    """Edges of the bins. A bin ends at a multiple of bin_width and includes it."""
     return np.arange(BINS + 1) * bin_width + 0.5
 
 
 def _padding(reader: ShardReader, visual_tokens: int, global_batch: int, micro_batch: int, ranks: int) -> Padding:
-    """Over the first STEPS_LOOKED_AT steps of seed 0."""
+    """Counts over the first STEPS_LOOKED_AT optimizer steps with seed 0."""
     samples, lengths = reader.trainable, reader.lengths(visual_tokens)
     if not len(samples):
         return Padding(ranks, 0.0, None, None, None)
@@ -257,7 +259,7 @@ def _padding(reader: ShardReader, visual_tokens: int, global_batch: int, micro_b
         counted += lengths[chosen].sum()
         try:
             dealt = assign(chosen, lengths[chosen], has_image[chosen], ranks, micro_batch)
-        except UserError:  # so few samples cannot be dealt to so many ranks
+        except UserError:  # too few samples for so many ranks
             return Padding(ranks, to_max, None, None, None)
         work = np.array([[len(piece) * lengths[piece].max() for piece in part] for part in dealt])
         computed += work.sum()

@@ -1,6 +1,6 @@
-"""The kinds of data that `lavin-ds prep` reads, and the prompt formats that they bring.
+"""The kinds of data that `lavin-ds prep` reads, and their prompt formats.
 
-A new kind is one file like these, and one line here.
+A new kind is one file like these, and its class in SOURCES.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SOURCES: dict[str, type[Source]] = {source.kind: source for source in (ScienceQA
 
 
 def check_prompt_format(format: str) -> None:
-    """Raises ValueError, with the formats that are known, unless a kind of data has the format."""
+    """Raises ValueError, with the known formats, if no kind of data has this format."""
     known = {name: None for source in SOURCES.values() for name in source.formats}
     if format in known:
         return

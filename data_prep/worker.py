@@ -1,7 +1,7 @@
-"""The work of prep, a task at a time: check records, write a file of images, write a file of rows.
+"""The tasks of prep: check records, write a file of images, write a file of rows.
 
-The result of a task is plain JSON values, since it is written to the progress file. The file it writes depends on the
-task alone, so neither the number of workers nor their order changes a byte.
+The result of a task consists of plain JSON values, because it is written to the progress file. The file that a task
+writes depends on the task alone, so the number of workers and the order of tasks do not change a byte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNK = 256  # records tokenised at a time
 
 @dataclass(frozen=True)
 class Task:
-    """A method of Worker and its arguments. The progress file knows it by `name`; `size` is its share of the work."""
+    """A method of Worker and its arguments. `name` is its key in the progress file, `size` its records or images."""
 
     name: str
     method: Literal["check", "write_images", "write_rows"]
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all tasks. `image_size` is None for a recipe without vision, which reads no image."""
+    """The settings of all tasks. `image_size` is None for a recipe without vision, which reads no image."""
 
     source: Source
     tokenizer: Path
@@ -79,8 +79,10 @@ class Worker:
     def check(self, listed: list[Listed]) -> dict:
         """Checks records and hashes the files of their images.
 
-        Returns `images`, SHA-256 and path of the distinct ones in the order of the records; `records`, for each one
-        the place of its image in `images`, or -1; and `faults`, place, key and reason of the bad records.
+        Returns:
+            images: (SHA-256, path) of each distinct image, in the order of the records.
+            records: for each record, the place of its image in `images`, or -1.
+            faults: (place, key, reason) of each bad record.
         """
         images: dict[str, str] = {}
         places: dict[str, int] = {}
@@ -101,13 +103,13 @@ class Worker:
         return {"images": list(images.items()), "records": records, "faults": faults}
 
     def write_images(self, name: str, images: list[tuple[str, str]]) -> dict:
-        """Decodes and resizes images, given by SHA-256 and path; returns the `file`, and `faults` by place."""
+        """Decodes and resizes images, given as (SHA-256, path). Returns the `file`, and `faults` as (place, reason)."""
         faults: list[tuple[int, str]] = []
         entry = write_shard(self.job.shards / name, IMAGE_SCHEMA, self._image_rows(images, faults), IMAGE_BATCH)
         return {"file": _dumped(entry), "faults": faults}
 
     def write_rows(self, name: str, listed: list[Listed], image_rows: Sequence[int]) -> dict:
-        """Tokenises records; `image_rows` are the rows of their images, or -1. Returns the `file` and its Tally."""
+        """Tokenises records; `image_rows` are their rows in the image table, or -1. Returns `file` and Tally."""
         tally = Tally()
         rows = self._sample_rows(listed, image_rows, tally)
         entry = write_shard(self.job.shards / name, ROW_SCHEMA, rows, ROW_BATCH)
@@ -127,7 +129,7 @@ class Worker:
             except Refused as refused:
                 raise UserError(_changed(path, refused.reason)) from None
             if hashlib.sha256(content).hexdigest() != digest:
-                raise UserError(_changed(path, "is not what it was"))
+                raise UserError(_changed(path, "its content differs"))
             try:
                 picture = pictures.decode(content)
             except pictures.ImageError as error:
@@ -156,7 +158,7 @@ class Worker:
                 tally.outcomes[sample.outcome] += 1
                 if sample.token_ids:
                     n = len(sample.token_ids)
-                    positions = 1 + int(laid_out_lengths(n, has, frame, settings.visual_tokens))  # and modality token
+                    positions = 1 + int(laid_out_lengths(n, has, frame, settings.visual_tokens))  # 1: t_m
                     tally.lengths[positions] += 1
                     tally.longest[has] = max(tally.longest[has], n)
                     tally.images += has
@@ -186,5 +188,5 @@ def _dumped(entry: FileEntry | None) -> dict | None:
     return entry.model_dump() if entry else None
 
 
-def _changed(path: str, how: str) -> str:
-    return f"The image {path} was changed while the job ran, it {how}: run the command again with --restart."
+def _changed(path: str, reason: str) -> str:
+    return f"The image {path} was changed while the job ran ({reason}): run the command again with --restart."

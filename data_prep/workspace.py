@@ -1,7 +1,7 @@
-"""The unfinished output of a job, from which the same command goes on after a kill.
+"""The unfinished output of a job. If the job is killed, the same command continues from here.
 
 .OUT.part/lock             locked while a job runs
-.OUT.part/progress.jsonl   line 1: the job's inputs and settings; then a line for every finished task, with its result
+.OUT.part/progress.jsonl   line 1: the job's inputs and settings; then one line per finished task, with its result
 .OUT.part/shards/          renamed to OUT when the job is complete
 """
 
@@ -35,7 +35,7 @@ class Workspace:
         self._append({"task": task, "result": result})
 
     def publish(self) -> None:
-        """Renames the shards to OUT. A directory that is there already is removed only now."""
+        """Renames the shards to OUT. An older OUT is removed only now."""
         sync(self.shards)
         old = self.part / "old"
         shutil.rmtree(old, ignore_errors=True)
@@ -52,7 +52,7 @@ class Workspace:
 
     def close(self) -> None:
         if self._progress:
-            with suppress(OSError):  # a full disk refuses the last write once more
+            with suppress(OSError):  # closing writes again what did not fit on a full disk
                 self._progress.close()
 
     def _start(self, inputs: dict[str, str], restart: bool) -> None:
@@ -60,13 +60,13 @@ class Workspace:
         lines = [] if restart else _read_lines(path)
         if lines and lines[0] != inputs:
             raise UserError(
-                f"{self.part} holds an unfinished job of other inputs or settings ({_changes(lines[0], inputs)}): "
+                f"{self.part} holds an unfinished job with other inputs or settings ({_changes(lines[0], inputs)}): "
                 "finish it with the command that started it, or throw it away with --restart."
             )
         kept = [line for line in lines[1:] if self._is_there(line["result"].get("file"))]
         self.done = {line["task"]: line["result"] for line in kept}
         self._tidy_up({line["result"]["file"]["name"] for line in kept if line["result"].get("file")})
-        # Written anew, without the half line that a kill may have left.
+        # Rewritten, without the half line that a kill may have left.
         text = "".join(json.dumps(line) + "\n" for line in (inputs, *kept))
         write_atomically(path, lambda temporary: temporary.write_text(text))
         self._progress = open(path, "ab")  # noqa: SIM115, closed in close()
@@ -82,7 +82,7 @@ class Workspace:
                 path.unlink()
 
     def _drop_half_files(self) -> None:
-        """Removes what workers left that were ended in the middle of a file; a full disk needs the space."""
+        """Removes the half files of workers that were ended while they wrote. A full disk needs the space."""
         for path in self.shards.glob(".*"):
             path.unlink(missing_ok=True)
 
@@ -94,7 +94,7 @@ class Workspace:
 
 @contextmanager
 def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: bool) -> Iterator[Workspace]:
-    """The unfinished output for `out`, with the tasks that an earlier run of the same `inputs` finished.
+    """The unfinished output for `out`, with the tasks that an earlier run with the same `inputs` finished.
 
     Raises:
         UserError: `out` exists (with `overwrite`: and is not a shard directory), another job is preparing it, an
@@ -128,7 +128,7 @@ def open_workspace(out: Path, inputs: dict[str, str], overwrite: bool, restart: 
 
 @contextmanager
 def _locked(lock: TextIO, out: Path) -> Iterator[None]:
-    """Holds the lock, which the system drops with the process, however that ends."""
+    """Holds the lock. The system releases it when the process ends, also if it is killed."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,1 +1,1 @@
-"""DeepSpeed configurations, plain JSON a user can read and edit (installed as lavin_ds.ds_configs)."""
+"""DeepSpeed configurations: plain JSON that users can read and edit. Installed as lavin_ds.ds_configs."""

@@ -1,1 +1,1 @@
-"""What `deepspeed` starts (installed as lavin_ds.launch)."""
+"""The scripts that `deepspeed` starts on every rank (installed as lavin_ds.launch)."""

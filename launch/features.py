@@ -1,8 +1,8 @@
-"""What `deepspeed` or `torchrun` starts on every rank to cache features:
+"""The script that `deepspeed` or `torchrun` starts on every rank to cache features:
 
     deepspeed launch/features.py --data SHARDS --clip FILE --recipe ablation-vision [--overwrite] [key=value ...]
 
-Every rank computes whole files; `lavin-ds prep features` starts it the same way where there are several GPUs.
+Every rank computes whole files. `lavin-ds prep features` starts this script if there are several GPUs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         job = features.plan(given.data, given.clip, load_recipe(given.recipe, given.overrides), given.overwrite)
-    except UserError as error:  # on every rank alike
+    except UserError as error:  # all ranks raise the same error
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 2

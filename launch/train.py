@@ -1,8 +1,8 @@
-"""What `deepspeed` starts on every rank:
+"""The training script that `deepspeed` starts on every rank:
 
     deepspeed launch/train.py --recipe lavin-7b --data SHARDS --llama DIR --clip FILE --out RUN [key=value ...]
 
-`lavin-ds train` works out the ranks of this machine and starts it the same way.
+`lavin-ds train` counts the GPUs of this machine and starts this script in the same way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The run configuration: immutable data, checked when it is read.
 
-A recipe is one flat YAML file that states everything a run depends on, except where its inputs lie.
-`load_recipe` reads it, applies `key=value` overrides, and refuses unknown keys and contradictions by name.
+A recipe is one YAML file with everything that a run depends on, except the paths of its inputs. `load_recipe` reads it
+and applies `key=value` overrides. Its error names every unknown key, wrong value and contradiction.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class RopeScaling(Section):
 
 
 def _registered(name: str, known: Iterable[str]) -> str:
-    """`name`, if it is one of those known."""
+    """Returns `name` if it is known."""
     if name not in known:
         raise ValueError(f"there is no '{name}', only {', '.join(known)}")
     return name
 
 
 class LlamaConfig(Section):
-    """Shape of a LLaMA. Widths in features, `ffn_dim` after Meta's rounding."""
+    """Shape of a LLaMA. `ffn_dim` is the width after Meta's rounding."""
 
     dim: int = Positive
     n_layers: int = Positive
@@ -88,16 +88,16 @@ class LlamaConfig(Section):
 
 
 class Readout(Section):
-    """Which rows a vision transformer hands out, and after which of its blocks: every k-th, or a single one.
+    """Which rows of a vision transformer are read, and after which blocks: every k-th block, or a single one.
 
-    Blocks behind the last one that is read are not built. LaVIN reads "the [cls] tokens from every fourth layer"
+    Blocks after the last one that is read are not built. LaVIN reads "the [cls] tokens from every fourth layer"
     (paper 1, section 3.2): {rows: cls, every: 4}.
     """
 
     rows: Literal["cls", "patches", "all"] = "cls"
     every: int | None = Field(None, gt=0)
     block: int | None = Field(None, gt=0)  # counted from 1
-    norm: bool = False  # whether CLIP's last norm (ln_post) follows
+    norm: bool = False  # whether CLIP's last norm (ln_post) is applied to the rows
 
     @model_validator(mode="after")
     def _one_of_both(self):
@@ -106,14 +106,14 @@ class Readout(Section):
         return self
 
     def blocks(self, layers: int) -> tuple[int, ...]:
-        """The blocks that are read, of a transformer with `layers`; counted from 1."""
+        """The blocks after which rows are read, counted from 1, in a transformer of `layers` blocks."""
         if self.block is not None:
             return (self.block,) if self.block <= layers else ()
         return tuple(range(self.every, layers + 1, self.every))
 
 
 class VisionConfig(Section):
-    """Shape of a CLIP vision transformer, and which rows it hands out."""
+    """Shape of a CLIP vision transformer, and which of its rows are read."""
 
     width: int = Positive
     layers: int = Positive
@@ -126,12 +126,12 @@ class VisionConfig(Section):
 
     @property
     def depth(self) -> int:
-        """Blocks that run: up to the last one that is read."""
+        """The number of blocks that run: up to the last one that is read."""
         return self.readout.blocks(self.layers)[-1]
 
     @property
     def rows(self) -> int:
-        """F, the rows that are handed out for an image."""
+        """F, the number of rows that are read per image."""
         patches = (self.image_size // self.patch_size) ** 2
         a_block = {"cls": 1, "patches": patches, "all": 1 + patches}[self.readout.rows]
         return a_block * len(self.readout.blocks(self.layers))
@@ -149,9 +149,9 @@ class VisionConfig(Section):
 
 
 class AdapterConfig(Section):
-    """One kind of adapter and where in every block it sits; models/adapters/ has the kinds and the points.
+    """One kind of adapter, and its points in every block; models/adapters/ defines the kinds and points.
 
-    A kind reads the keys that its equation has, and its own ones from `options`.
+    A kind uses the keys that occur in its equation, and keys of its own from `options`.
     """
 
     kind: str = "none"
@@ -173,9 +173,9 @@ class AdapterConfig(Section):
 
 
 class NeckConfig(Section):
-    """What makes visual tokens of the vision transformer's rows; models/necks/ has the kinds.
+    """The neck, which turns the vision transformer's rows into visual tokens; models/necks/ defines the kinds.
 
-    A kind reads the keys that its equation has, and its own ones from `options`.
+    A kind uses the keys that occur in its equation, and keys of its own from `options`.
     """
 
     kind: str = "lavin"
@@ -208,7 +208,7 @@ class ModelConfig(Section):
 
     @property
     def visual_tokens(self) -> int:
-        """P, the number of visual tokens an image becomes."""
+        """P, the number of visual tokens per image."""
         return NECKS[self.neck.kind].visual_tokens(self.neck, self.vision.rows) if self.vision else 0
 
     @model_validator(mode="after")
@@ -228,13 +228,13 @@ class ModelConfig(Section):
 
     @property
     def has_vit(self) -> bool:
-        """Whether the model runs a ViT: it sees images, and not through cached features."""
+        """Whether the model runs a ViT, that is, reads images as pixels and not as cached features."""
         return self.vision is not None and self.vision_source == "pixels"
 
     @model_validator(mode="after")
     def _cacheable(self):
         if self.vision_source == "cached" and not self.vision:
-            raise ValueError("vision_source cached says where features of images come from, but vision is null")
+            raise ValueError("vision_source cached needs a vision section, but vision is null")
         if self.vision_source == "cached" and self.vision_adapter.kind != "none":
             raise ValueError(
                 f"vision_source cached needs a ViT that does not change, but vision_adapter.kind is "
@@ -254,7 +254,7 @@ class DataConfig(Section):
     @field_validator("prompt_format")
     @classmethod
     def _known(cls, format: str) -> str:
-        from lavin_ds.data_prep.sources import check_prompt_format  # here: it lies above this file, and is light
+        from lavin_ds.data_prep.sources import check_prompt_format  # here: its room is above this one
 
         check_prompt_format(format)
         return format
@@ -266,16 +266,16 @@ class TrainingConfig(Section):
     epochs: float = Field(20, gt=0)
     warmup_epochs: float = Field(2, ge=0)
     global_batch: int = Field(32, gt=0)
-    micro_batch: int = Field(4, gt=0)  # bounds a micro-batch: its tokens by so many of the longest sample, its images
-    packing: bool = False  # samples of a micro-batch lie end to end in one row, without padding
+    micro_batch: int = Field(4, gt=0)  # most images of a micro-batch, and its most tokens in longest samples
+    packing: bool = False  # the samples of a micro-batch are put end to end in one row, without padding
     peak_lr: float = Field(1.125e-3, gt=0, le=1)  # the paper's 9e-3 is the base rate per 256 samples
     weight_decay: float = Field(0.02, ge=0, le=1)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0, lt=1)
     grad_clip: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
-    # What is recomputed in backward rather than kept. Not false: every ViT block, which saves most for its time; and
-    # true: every LLaMA layer, or a number of them, from the first on.
+    # What backward recomputes instead of keeping it. "vision": every ViT block, which saves most memory for its time.
+    # A number n: also the first n LLaMA layers. true: also all LLaMA layers. false: nothing.
     activation_checkpointing: Checkpointing = False
     checkpoint_every: int = Field(200, gt=0)  # optimizer steps
     keep_checkpoints: int = Field(2, gt=0)  # the newest; with validation the best one is kept too
@@ -335,7 +335,7 @@ def check_world(world_size: int, tensor_parallel: int) -> None:
 
 
 def recomputed_layers(checkpointing: Checkpointing, n_layers: int) -> int:
-    """How many of the LLaMA layers are recomputed in backward; the ViT is whenever `checkpointing` is not False."""
+    """The number of LLaMA layers that backward recomputes. The ViT is recomputed unless `checkpointing` is False."""
     if isinstance(checkpointing, bool):
         return n_layers if checkpointing else 0
     return 0 if checkpointing == "vision" else checkpointing
@@ -350,8 +350,8 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
     """Reads a shipped recipe by name, or a YAML file, and applies dotted `key=value` overrides in order.
 
     Raises:
-        UserError: the recipe does not exist or is not YAML; or keys or values in it or in overrides are refused, all
-            of them told.
+        UserError: the recipe does not exist or is not YAML; or keys or values in it or in the overrides are wrong. The
+            error names all of these.
     """
     path = Path(name_or_file)
     if name_or_file in recipe_names():
@@ -375,10 +375,10 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> RunConfig:
 
 
 def parse_config(raw: dict, where: str, wrong: Sequence[str] = ()) -> RunConfig:
-    """Validates a mapping; `where` names its origin in the error, `wrong` is what is known to be wrong already.
+    """Validates a mapping. `where` names its origin in the error; `wrong` holds problems that are already known.
 
     Raises:
-        UserError: all that is wrong, a line each.
+        UserError: anything is wrong. The error has one line per problem.
     """
     wrong = [*wrong, *_problems(raw)]
     if len(wrong) == 1:
@@ -409,7 +409,7 @@ def _apply_override(raw: dict, override: str) -> str | None:
 
 
 def _problems(raw: dict) -> list[str]:
-    """All that is wrong with a recipe's keys and values, a clause each."""
+    """Every problem of a recipe's keys and values, as a clause."""
     try:
         RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -417,10 +417,10 @@ def _problems(raw: dict) -> list[str]:
     else:
         return []
     unknown = [problem["loc"] for problem in found if problem["type"] == "extra_forbidden"]
-    if unknown:  # pydantic compares keys with one another only once all are known: what is wrong without these?
+    if unknown:  # pydantic compares keys with each other only if all are known, so look again without these
         return [_unknown(path) for path in unknown] + _problems(_without(raw, unknown))
     by_key: dict[str, list[dict]] = {}
-    for problem in found:  # a key that may be of several types has a problem with each
+    for problem in found:  # a key that may have several types has one problem per type
         known = list(takewhile(lambda part: isinstance(part, str) and part in _KEY_NAMES, problem["loc"]))
         by_key.setdefault(".".join(known), []).append(problem)
     return [_refused(key, problems) for key, problems in by_key.items()]
@@ -429,7 +429,7 @@ def _problems(raw: dict) -> list[str]:
 def _refused(key: str, problems: list[dict]) -> str:
     kind, value = problems[0]["type"], problems[0]["input"]
     value = "null" if value is None else str(value)[:40]
-    if kind == "value_error":  # of a section: it names keys and values itself
+    if kind == "value_error":  # raised by a section's own check, which names keys and values
         message = problems[0]["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     if kind == "missing":
@@ -442,7 +442,7 @@ def _refused(key: str, problems: list[dict]) -> str:
 
 
 def _unknown(path: tuple[str, ...]) -> str:
-    """Says that there is no such key, and which one may be meant."""
+    """Says that there is no such key, and suggests keys that may be meant."""
     key, (*section, name) = ".".join(path), path
     known = {each: each.rpartition(".")[2] for each in config_keys()}
     siblings = [each for each in known if each.split(".")[:-1] == section]
@@ -455,7 +455,7 @@ def _unknown(path: tuple[str, ...]) -> str:
         or [each for each in known if known[each] in close or each in share_a_word]
     )
     if meant:
-        meant.sort(key=lambda each: not each.startswith("training."))  # what is overridden most
+        meant.sort(key=lambda each: not each.startswith("training."))  # these are overridden most often
         return f"unknown key {key}: did you mean {' or '.join(meant[:3])}?"
     return f"unknown key {key}; known there: {', '.join(known[each] for each in siblings)}"
 
@@ -472,7 +472,7 @@ def _without(raw: dict, paths: list[tuple[str, ...]]) -> dict:
 
 
 def config_keys(section: type[Section] = RunConfig, prefix: str = "") -> list[str]:
-    """Every key that a recipe may have, dotted; sections too, before their keys."""
+    """Every key that a recipe may have, dotted. A section comes before its keys."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)

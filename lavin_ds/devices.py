@@ -1,4 +1,4 @@
-"""Data sheets of GPUs: peak rates, memory, bandwidth and power, each with its source. Nothing here is measured."""
+"""Data sheets of GPUs: peak rates, memory, bandwidth and power, with their sources. Nothing here is measured."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import asdict, dataclass
 
 from lavin_ds.errors import UserError
 
-GPUS_PER_NODE = 8  # at most, for the devices below
+GPUS_PER_NODE = 8  # at most, for all devices below
 GB = 1e9  # bytes, as in data sheets and file sizes
 
-# Memory that a simulation does not count: CUDA context, cuBLAS workspaces, fragmentation. The published 33.9G and 55.9G
-# exceed the simulated tensors of the authors' own step by 1.4 and 1.7 GB; 1.5 stands for every model and card. It was
-# not measured on a GPU.
+# Bytes that a simulation does not count: CUDA context, cuBLAS workspaces, fragmentation. The published 33.9G and 55.9G
+# exceed the simulated tensors of the authors' step by 1.4 and 1.7 GB. So 1.5 GB is used for every model and card. This
+# was not measured on a GPU.
 OVERHEAD = 1.5e9
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured seconds per unit of work; 0 if no measured step did that kind of work."""
+    """Measured seconds per unit of work. A rate is 0 if no measured step did that kind of work."""
 
     flop: float  # of a matrix product or attention in fp32
     half_flop: float  # in bf16 or fp16
-    byte: float  # read or written by an operator that is not a product
-    operator: float  # per call
+    byte: float  # read or written by an operator that is not a matrix product or attention
+    operator: float  # per operator call
     exchanged_byte: float  # sent in a collective
 
     def as_dict(self) -> dict:
@@ -32,29 +32,29 @@ class Rates:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by its data sheet, or a machine by measured rates."""
+    """A GPU described by its data sheet, or a machine described by measured rates."""
 
-    name: str  # of --device
+    name: str  # as given to --device
     tflops: float  # 1e12 FLOP/s: bf16 products accumulated in fp32, dense (without sparsity)
-    bandwidth: float | None  # 1e9 bytes/s of memory; None if it did not limit any measured step
+    bandwidth: float | None  # of memory, 1e9 bytes/s; None if it limited no measured step
     memory: float  # 1e9 bytes; data sheets write GB
     watts: float | None  # board power
     link: float  # 1e9 bytes/s that one GPU sends to the others
     source: str
     driver_names: tuple[str, ...] = ()  # as torch.cuda.get_device_name() reports the card
-    rates: Rates | None = None  # if measured: used instead of peak rates and an assumed efficiency
+    rates: Rates | None = None  # measured; if set, used instead of peak rates and an assumed efficiency
 
     def as_dict(self) -> dict:
         return asdict(self)
 
     def predicts_time_of(self, frozen_dtype: str) -> bool:
-        """Data sheets state rates for bf16, so they say nothing about an fp32 base; measured rates cover both."""
+        """Whether the device's rates apply to a base of that dtype. Data sheets cover only half precision."""
         return self.rates is not None or frozen_dtype != "fp32"
 
 
-# Sources: NVIDIA's data sheets; the GA102 and Ada white papers, appendix A, for GeForce cards. Data sheets from Hopper
-# and Ada on print rates with sparsity: these are half of them. PCIe 4.0 x16 is 32 GB/s each way, 5.0 is 64; data sheets
-# print NVLink both ways.
+# Sources: NVIDIA's data sheets, and for GeForce cards appendix A of the GA102 and Ada white papers. From Hopper and Ada
+# on, data sheets give rates with sparsity; the rates here are half of those. Link rates are one way: 32 GB/s for PCIe
+# 4.0 x16, 64 for 5.0, and half of what data sheets give for NVLink.
 DEVICES = {
     device.name: device
     for device in (
@@ -123,27 +123,27 @@ DEVICES = {
 
 
 def find_device(driver_name: str) -> Device | None:
-    """The data sheet of a card on this machine, by the name that torch.cuda.get_device_name() reports.
+    """The data sheet of a card by the name that torch.cuda.get_device_name() reports. None if there is no data sheet.
 
-    The whole name must agree: an H100 PCIe is not an H100 SXM, and a laptop's RTX 4090 is not the desktop one. Old
-    drivers leave out the word NVIDIA. Returns None if there is no data sheet.
+    The whole name must match: an H100 PCIe is not an H100 SXM, and a laptop's RTX 4090 is not the desktop one. Old
+    drivers leave out the word NVIDIA.
     """
     name = driver_name.removeprefix("NVIDIA ")
     return next((device for device in DEVICES.values() if name in device.driver_names), None)
 
 
 def custom_device(tflops: float, bandwidth: float, memory: float) -> Device:
-    """A device by its figures, in the units of Device: without power, and with a link like PCIe 4.0 x16."""
-    return Device("the device given", tflops, bandwidth, memory, None, 32, "figures given")
+    """A device from its figures, in the units of Device. It has no known power, and the link of PCIe 4.0 x16."""
+    return Device("the given device", tflops, bandwidth, memory, None, 32, "given figures")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB" (2**30), "24GB" or "24" (1e9).
+    """The bytes in "24GiB" (units of 2**30), "24GB" or "24" (units of 1e9).
 
     Raises:
-        UserError: it is not a size.
+        UserError: the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|)", text.strip(), flags=re.IGNORECASE)
     if not found or not float(found[1]):
-        raise UserError(f"'{text}' is no amount of memory: write it like 24GiB or 24GB.")
+        raise UserError(f"'{text}' is not an amount of memory. Write it like 24GiB or 24GB.")
     return int(float(found[1]) * (2**30 if found[2].lower() == "gib" else GB))

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+"""Writes files atomically: after a crash there is the old file or the new one, never a part of one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary)`, flushes that file to disk and renames it to `path`.
+    """Calls `write(temporary)`, flushes the temporary file to disk and renames it to `path`.
 
-    The temporary stands beside `path` and is removed if `write` fails.
+    The temporary file lies beside `path`, and is removed if `write` fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,7 +31,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder's list of names, to disk."""
+    """Flushes a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

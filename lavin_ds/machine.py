@@ -1,4 +1,4 @@
-"""What this machine has to run on: its GPUs, and a port that is free. Nothing here imports torch unless it must."""
+"""This machine's GPUs, and a free port. torch is imported only if there is a GPU driver."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import socket
 import sys
 from pathlib import Path
 
-# What drivers of NVIDIA (also Jetson's, and WSL's dxg) and AMD put into /dev.
+# Device files of the drivers of NVIDIA (also of Jetson, and dxg of WSL) and AMD, in /dev.
 GPU_DEVICES = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
 
 
 def gpus() -> int:
-    """Number of GPUs that torch may use. Without a driver the answer is 0 and torch, which takes seconds to import,
-    is not asked."""
+    """Number of GPUs that torch may use. Without a driver it returns 0 without importing torch, which takes seconds."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
         return 0
     import torch
@@ -21,7 +20,7 @@ def gpus() -> int:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that no process listens on now."""
+    """A TCP port of the loopback interface that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,6 +1,6 @@
-"""Process groups: who shares a tensor, who shares a batch.
+"""Process groups for tensor and data parallelism.
 
-Ranks are laid out as fairscale does: tensor-parallel neighbours first, so ranks 0..tp-1 hold one model.
+Ranks are ordered as in fairscale: the ranks of a tensor-parallel group are neighbours, so ranks 0..tp-1 hold one model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lavin_ds.config import check_world
 
 
 def initialize_single_process() -> None:
-    """Makes this process a world of one, for work outside a launcher (evaluation, profiling, tests).
+    """Makes this process a world of one, for work without a launcher (evaluation, profiling, tests).
 
-    fairscale's layers ask for groups even when there is nothing to split.
+    fairscale's layers need process groups even if nothing is split.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -29,12 +29,12 @@ def initialize_tensor_parallel(degree: int) -> None:
     check_world(dist.get_world_size(), degree)
     if not groups.model_parallel_is_initialized():
         backend = dist.get_backend()
-        with redirect_stdout(io.StringIO()):  # it prints three lines, which would break --json
+        with redirect_stdout(io.StringIO()):  # fairscale prints three lines, which would break --json
             groups.initialize_model_parallel(degree, model_parallel_backend=backend, ddp_backend=backend)
 
 
 class TensorParallelUnit:
-    """The `mpu` DeepSpeed asks for: fairscale's groups under every name that DeepSpeed uses."""
+    """The `mpu` object that DeepSpeed expects: fairscale's groups under every name that DeepSpeed uses."""
 
     get_model_parallel_rank = staticmethod(groups.get_model_parallel_rank)
     get_model_parallel_world_size = staticmethod(groups.get_model_parallel_world_size)

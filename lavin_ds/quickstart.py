@@ -1,7 +1,7 @@
-"""The embedded default: every step of the pipeline on generated data and the small base that ships with it.
+"""The quickstart: every step of the pipeline, on generated data and the small base that ships with the package.
 
-The steps are the commands a user would type, run in this order. Training runs under `deepspeed` on this machine's
-ranks; the rest runs in this process. All figures come from the run.
+Each step does what the command that is shown for it does. Training runs under `deepspeed` on this machine's ranks; the
+rest runs in this process. All figures come from the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 9
 
 
 class Quickstart:
-    """Runs the steps into folder `out`; `on_command(number, of, meaning, words)` is told of each before it runs."""
+    """Runs the steps into folder `out`. `on_command(number, of, meaning, words)` is called before each step."""
 
     def __init__(self, out: Path, seed: int, on_command: ShowCommand):
         self.out, self.seed, self.on_command = out, seed, on_command
@@ -40,12 +40,12 @@ class Quickstart:
         self.step = 0
 
     def run(self, progress: Progress, show_profile: Callable[[Path], None]) -> dict:
-        """All steps; returns the summary, which is also in OUT/summary.json.
+        """Runs all steps. Returns the summary, which is also written to OUT/summary.json.
 
-        show_profile: prints for a run what `lavin-ds profile --run` does.
+        show_profile: prints the report of `lavin-ds profile --run` for a run.
 
         Raises:
-            UserError: `out` is in the way, or a step failed.
+            UserError: `out` exists and is not an empty folder, or a step failed.
         """
         began = time.monotonic()
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -54,7 +54,7 @@ class Quickstart:
         tables = {"base": self._evaluate_base(progress)}
         tables["text_only"] = self._train_and_evaluate("tiny-text", "text-only adapters", progress)
         tables["lavin"] = self._train_and_evaluate("tiny", "LaVIN", progress)
-        self._show("Set the cost beside the papers'", "profile", "--run", self._run("tiny"))
+        self._show("Compare the cost with the papers'", "profile", "--run", self._run("tiny"))
         show_profile(self._run("tiny"))
         adapter = self.out / "lavin-adapter.safetensors"
         self._show("Export the adapters", "export", "adapter", "--run", self._run("tiny"), "--out", adapter)

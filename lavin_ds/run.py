@@ -1,14 +1,16 @@
-"""A run directory: everything a training run leaves behind, and enough to start it again.
+"""The run directory: everything that a training run writes, and enough to resume it.
 
-RUN/run.json             the resolved configuration, the inputs, every start (RunRecord below)
-RUN/metrics.jsonl        one line per optimizer step
-RUN/checkpoints/         trainables, optimizer and position, to resume from
-RUN/adapter.safetensors  the trained adapters, once the run is complete; adapter-best: those of the best validation
-RUN/summary.json         what it cost: steps, seconds, peak memory
-RUN/suspects.json        samples of the steps that a diverged run stopped at
-RUN/monitors/            what the monitors of the DeepSpeed configuration write
-RUN/.lock                held while a process trains here
-RUN/.stop                asks a run on several nodes to save and end
+RUN/run.json                  the resolved configuration, the inputs, every start (RunRecord below)
+RUN/metrics.jsonl             one line per optimizer step
+RUN/checkpoints/              trainable parameters, optimizer state and position, to resume from
+RUN/adapter.safetensors       the trained adapters, written when the run is complete
+RUN/adapter-best.safetensors  the adapters with the lowest validation loss
+RUN/summary.json              results and cost: losses, steps, seconds, peak memory
+RUN/loss.png                  the loss curve
+RUN/suspects.json             samples that may have made the run diverge
+RUN/monitors/                 files of the monitors that the DeepSpeed configuration enables
+RUN/.lock                     locked while a process trains here
+RUN/.stop                     asks a run on several nodes to save and end
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.files import write_json
 
 LOCK, STOP, MONITORS, CHECKPOINTS = ".lock", ".stop", "monitors", "checkpoints"
-SPLIT, VALIDATION_SPLIT = "train", "val"  # of the shards: what a run trains on and validates on
+SPLIT, VALIDATION_SPLIT = "train", "val"  # the shards' splits that a run trains on and validates on
 PACKAGES = (
     "lavin_ds",
     "torch",
@@ -47,30 +49,30 @@ PACKAGES = (
 
 
 class Inputs(BaseModel):
-    """Absolute paths of a run's inputs; `clip` is None for a text-only run."""
+    """Absolute paths of a run's inputs. `clip` is None if no ViT runs (text-only, or cached features)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Path
     llama: Path
     clip: Path | None = None
-    init_adapter: Path | None = None  # adapters to start from; None: new ones
+    init_adapter: Path | None = None  # adapters to start from; None to start from new ones
 
 
 class Start(BaseModel):
-    """One start of a run: the first, or one that resumed it."""
+    """One start of a run: the first start, or a later one that resumed the run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     began: str  # UTC, ISO 8601
-    step: int  # steps that were done before it
+    step: int  # steps done before this start
     ranks: int
     versions: dict[str, str]
     git_revision: str | None = None
 
     @classmethod
     def here(cls, began: datetime, step: int, ranks: int) -> Start:
-        """A start of this process."""
+        """A start by this process, with its versions."""
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         return cls(
             began=began.isoformat(timespec="seconds"),
@@ -82,7 +84,7 @@ class Start(BaseModel):
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout; None for an installed wheel."""
+    """The git revision of the checkout; None for an installed wheel."""
     try:
         done = subprocess.run(
             ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
@@ -96,7 +98,7 @@ def _git_revision() -> str | None:
 
 
 class RunRecord(BaseModel):
-    """RUN/run.json. config: of the latest start; a resumed run may differ only in what launching/resume.py lists."""
+    """RUN/run.json. config: of the latest start; a resumed run may change only keys that launching/resume.py lists."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,7 +109,7 @@ class RunRecord(BaseModel):
 
     @property
     def ranks(self) -> int:
-        """Of the latest start."""
+        """The number of ranks of the latest start."""
         return self.starts[-1].ranks
 
     def save(self, run: Path) -> None:
@@ -118,7 +120,7 @@ def load_run(run: Path) -> RunRecord:
     """Reads a run directory's record.
 
     Raises:
-        UserError: there is no run.json, or it is not one this version can read.
+        UserError: there is no run.json, or this version cannot read it.
     """
     path = run / "run.json"
     if not path.is_file():
@@ -130,7 +132,7 @@ def load_run(run: Path) -> RunRecord:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The recorded steps, in order. A last line that a crash cut short is left out."""
+    """The recorded steps, in order. If a crash cut the last line short, that line is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -143,14 +145,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError if a process trains in this folder now; waits 3 seconds for one that is just ending."""
+    """Raises UserError if a process trains in this folder. Waits up to 3 seconds, as that process may be ending."""
     deadline = time.monotonic() + 3
     while (run / LOCK).is_file():
         with open(run / LOCK, encoding="utf-8") as file:
             try:
                 if _lock(file):
                     return
-            except OSError:  # a file system without locks; hold() says so
+            except OSError:  # the file system has no locks; hold() warns of it
                 return
             if time.monotonic() > deadline:
                 raise _in_use(run, file.read())
@@ -159,12 +161,12 @@ def check_free(run: Path) -> None:
 
 @contextmanager
 def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Makes the folder and keeps others from training in it. The system releases it when the process dies.
+    """Makes the folder and locks it against other training processes. The system releases the lock if the process dies.
 
-    A folder that was made here is removed at the end if nothing was trained in it.
+    At the end, a folder that was made here is removed if nothing was trained in it.
 
     Raises:
-        UserError: another process holds it, or it cannot be made.
+        UserError: another process holds the lock, or the folder cannot be made.
     """
     existed = run.exists()
     try:
@@ -177,8 +179,8 @@ def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
             if not _lock(file):
                 file.seek(0)
                 raise _in_use(run, file.read())
-        except OSError as error:  # a file system without locks
-            warn(f"{run} cannot be locked ({error.strerror}): take care that nothing else trains there.")
+        except OSError as error:  # the file system has no locks
+            warn(f"{run} cannot be locked ({error.strerror}): make sure that no other run trains there.")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
@@ -190,13 +192,13 @@ def hold(run: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def remove_if_unused(run: Path) -> None:
-    """Removes a run directory in which nothing was trained: run.json is written when the first step is done."""
+    """Removes a run directory if nothing was trained in it, that is, if it has no run.json."""
     if (run / "run.json").exists():
         return
     shutil.rmtree(run / MONITORS, ignore_errors=True)
     for name in (LOCK, STOP):
         (run / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it is not there, or somebody put something in
+    with suppress(OSError):  # it does not exist, or holds other files
         run.rmdir()
 
 
@@ -209,14 +211,14 @@ def _lock(file: TextIO) -> bool:
 
 
 def _in_use(run: Path, holder: str) -> UserError:
-    return UserError(f"A run is going on in {run} ({holder}): wait for it or stop it, or give another --out.")
+    return UserError(f"A run is going on in {run} ({holder}): wait for it, stop it, or give another --out.")
 
 
 def adapter_file(run: Path) -> Path:
-    """The trained adapters of a complete run.
+    """The adapter file of a complete run.
 
     Raises:
-        UserError: the run did not complete.
+        UserError: the run is not complete.
     """
     path = run / "adapter.safetensors"
     if not path.is_file():

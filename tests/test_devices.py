@@ -60,5 +60,5 @@ def test_no_two_data_sheets_claim_one_card():
 @pytest.mark.parametrize("text, size", [("24GiB", 24 * 2**30), ("24 GB", 24_000_000_000), ("80", 80_000_000_000)])
 def test_sizes_are_read_with_their_units(text, size):
     assert parse_bytes(text) == size
-    with pytest.raises(UserError, match="no amount of memory"):
+    with pytest.raises(UserError, match="not an amount of memory"):
         parse_bytes("a lot")

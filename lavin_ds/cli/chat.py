@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from lavin_ds.generation.wording import Exchange
 
 HELP = """\
-/image FILE   look at a picture from now on; /image alone puts it away
-/reset        forget what was said, and the picture
+/image FILE   show the model a picture; /image alone removes it
+/reset        forget the conversation and the picture
 /save FILE    write the conversation as JSON
-/help         this
+/help         list these commands
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer."""
 
 
@@ -57,7 +57,7 @@ def chat(
 
 
 class Chat:
-    """What has been said, and the picture that is looked at."""
+    """The conversation so far, and the current picture."""
 
     def __init__(self, assistant: Assistant, max_new_tokens: int, sampling: Sampling):
         self.assistant, self.max_new_tokens, self.sampling = assistant, max_new_tokens, sampling
@@ -100,13 +100,13 @@ class Chat:
         elif name == "/help":
             console.err.print(HELP, highlight=False, markup=False)
         else:
-            raise UserError(f"{text} is no command: /help lists them.")
+            raise UserError(f"{text} is not a command: /help lists them.")
 
     def _look(self, file: Path) -> None:
         self.image, self.image_file = self.assistant.read_image(file), file
         console.err.print(f"Looking at {file}.", highlight=False, markup=False)
         if self.history and self.assistant.wording.remembers:
-            self.history = []  # one picture per conversation is what recipes train on
+            self.history = []  # recipes train on one picture per conversation
             console.err.print("A new picture begins a new conversation.", highlight=False)
 
     def _ask(self, text: str) -> None:
@@ -115,7 +115,9 @@ class Chat:
         prompt = self.assistant.prompt(text, self.image, self.max_new_tokens, self.history)
         if self.assistant.wording.remembers and prompt.earlier_turns < len(self.history):
             dropped = len(self.history) - prompt.earlier_turns
-            console.err.print(f"[dim]The first {dropped} turns no longer fit and are left out.[/]", highlight=False)
+            console.err.print(
+                f"[dim]The first {dropped} turns do not fit any more and are left out.[/]", highlight=False
+            )
         self.asked += 1
         request = self.assistant.request(f"turn-{self.asked}", prompt, self.max_new_tokens, self.sampling)
         stream, said = self.assistant.stream(request), ""

@@ -24,7 +24,7 @@ err = Console(stderr=True)
 
 
 class Stopped(Exception):
-    """Ctrl-C ended a text that was being streamed; `text` is what had come."""
+    """Ctrl-C ended a text that was being streamed. `text` is the part that was printed."""
 
     def __init__(self, text: str):
         self.text = text
@@ -50,7 +50,7 @@ def stream(texts: Iterable[str]) -> str:
 
 @contextmanager
 def telling_errors() -> Iterator[None]:
-    """Tells a UserError and goes on after it, for commands that people talk to."""
+    """Prints a UserError and continues, for interactive commands."""
     try:
         yield
     except UserError as error:
@@ -62,10 +62,10 @@ PLAIN_INTERVAL = 5  # seconds between lines where there is no terminal
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows how far a job is, its rate and the time left, on stderr.
+    """Shows a job's progress, rate and time left on stderr.
 
-    Yields `update(done, total=None)`; a total given replaces the one before. A terminal gets a bar, which
-    vanishes at the end; anything else a plain line every PLAIN_INTERVAL seconds.
+    Yields `update(done, total=None)`; a new total replaces the old one. A terminal shows a bar, which is removed at the
+    end. Without a terminal a plain line is printed every PLAIN_INTERVAL seconds.
     """
     if not err.is_terminal:
         yield _plain_updater(description, total)
@@ -103,7 +103,7 @@ def _plain_updater(description: str, total: int | None) -> Callable[[int, int | 
         rate = done / (now - started)
         of = f"/{known}" if known else ""
         left = f", {max(0, known - done) / rate:.0f} s left" if known and rate else ""
-        # Not through rich, which would wrap the line at a width that a log file does not have.
+        # Not through rich, because it would wrap the line although a log file has no width.
         print(f"{description}: {done}{of}, {rate:.1f}/s{left}", file=err.file, flush=True)
 
     return update

@@ -12,25 +12,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from lavin_ds.cli import console
+from lavin_ds.cli.model_options import Adapter, Clip, Llama, Recipe, Run
 from lavin_ds.evaluation.tasks import TASKS
 
 
 def evaluate(
     task: Annotated[str, typer.Argument(metavar="TASK", help=f"Benchmark: {', '.join(TASKS)}.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to --recipe.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Finished run; it knows --recipe, --llama, --clip.")] = None,
+    run: Run = None,
     data: Annotated[Path | None, typer.Option(help="The task's data; default: what the run was trained on.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data.")] = "test",
-    recipe: Annotated[str | None, typer.Option(help="Without --run: recipe name or YAML file.")] = None,
-    llama: Annotated[Path | None, typer.Option(help="Folder of the LLaMA.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="CLIP weights; not for text-only recipes.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Without --run: exported adapter, or LaVIN's .pth.")] = None,
+    recipe: Recipe = None,
+    llama: Llama = None,
+    clip: Clip = None,
+    adapter: Adapter = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only this many questions, from the first.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Top-p 0.75 at temperature 0.1; default: greedy.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of --sample.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Results file; default RUN/eval-TASK-SPLIT.json.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --sample.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Results file; default: RUN/eval-TASK-SPLIT.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Ask a run, an exported adapter or a bare base a benchmark's questions, and print its score table."""
@@ -75,7 +76,7 @@ def summary(report: dict, out: Path) -> dict:
 
 
 def score_table(report: dict, figures: dict[str, str]) -> Table:
-    """The report's columns, and a row a figure: the score first, then what it is compared with."""
+    """One column per column of the report and one row per figure, the score first."""
     model, data = report["model"], report["data"]
     title = f"{model['recipe']} on {data['split']}: {report['questions']:,} questions in {report['seconds']:,.1f} s"
     # Narrow enough for a terminal of 80 columns.
@@ -90,7 +91,7 @@ def score_table(report: dict, figures: dict[str, str]) -> Table:
 
 
 def remarks(report: dict) -> list[str]:
-    """What the table does not say: questions without a readable answer, and settings that bear on the scores."""
+    """What the table does not show: questions without a readable answer, and settings that affect the scores."""
     outcomes, settings = report["outcomes"], report["settings"]
     counted_as = "guessed at random (compat)" if report["model"]["compat"] else "counted as wrong"
     said = []
@@ -111,7 +112,7 @@ def remarks(report: dict) -> list[str]:
 
 
 def _cell(value: float | int | None) -> str:
-    """A count in full; a score in five characters: 72.53, 100.0."""
+    """A count in full, or a score in five characters: 72.53, 100.0."""
     if isinstance(value, int):
         return f"{value:,}"
     return "-" if value is None else f"{value:.2f}"[:5]

@@ -1,4 +1,4 @@
-"""`lavin-ds export ...`: what a run has learnt, as files to hand on."""
+"""`lavin-ds export ...`: writes the adapters of a run to a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AdapterLayout(str, Enum):
 
 @app.callback()
 def _group() -> None:
-    """Keeps `adapter` a command of its own while it is the only one."""
+    """Without this callback typer would drop the word `adapter`, because it is the only command."""
 
 
 @app.command()
@@ -34,7 +34,7 @@ def adapter(
     ] = AdapterLayout.safetensors,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """The adapters alone, with a JSON beside them that says which base, which recipe and which shapes."""
+    """Write the adapters to a file, and a JSON file beside it with their base, recipe and shapes."""
     from lavin_ds.weights.adapter import record_file
     from lavin_ds.weights.export import export_adapter
 

@@ -18,7 +18,7 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help='JSON Lines of {"id", "prompt", "image"}; images are paths beside the file.')
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="With --prompts: JSON Lines to write, or to go on with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: JSON Lines to write or to continue.")] = None,
     run: Run = None,
     recipe: Recipe = None,
     llama: Llama = None,
@@ -28,7 +28,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: how many are answered at a time.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: prompts answered at a time.")] = 16,
 ) -> None:
     """Ask a run, an exported adapter or a base one prompt, or a file of prompts."""
     from lavin_ds.generation.request import Sampling
@@ -68,7 +68,7 @@ def _answer_file(subject, prompts: Path, out: Path, max_new_tokens: int, samplin
     answers = AnswerFile(out, records)
     left = [record for record in records if record.id not in answers.done]
     if answers.done:
-        console.err.print(f"{len(answers.done):,} of {len(records):,} are answered already in {out}.", highlight=False)
+        console.err.print(f"{len(answers.done):,} of {len(records):,} are already answered in {out}.", highlight=False)
     if left:
         from lavin_ds.generation.assistant import Assistant
 

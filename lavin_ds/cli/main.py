@@ -1,4 +1,4 @@
-"""`lavin-ds`: the commands, and how their errors reach a person."""
+"""`lavin-ds`: the commands, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = ("quickstart", "prep", "validate", "train", "eval", "generate", "chat
 
 
 class InOrder(TyperGroup):
-    """Lists the commands as one needs them; typer would put groups last."""
+    """Lists the commands in the order of use. Typer would put groups last."""
 
     def list_commands(self, ctx) -> list[str]:
         return sorted(super().list_commands(ctx), key=COMMANDS.index)
@@ -68,7 +68,7 @@ def _main(
 
 
 def run() -> None:
-    """Entry point: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130, neither a traceback."""
+    """Entry point. A UserError is printed and ends with exit code 2, Ctrl-C ends with 130; neither has a traceback."""
     try:
         app()
     except UserError as error:

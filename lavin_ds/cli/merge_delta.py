@@ -16,9 +16,9 @@ from lavin_ds.cli import console
 def merge_delta(
     base: Annotated[Path, typer.Option(help="LLaMA: a folder of Meta's or Hugging Face's files.")],
     delta: Annotated[Path, typer.Option(help="The delta, such as vicuna-7b-delta-v0: a Hugging Face folder.")],
-    out: Annotated[Path, typer.Option(help="Folder to make, for --llama.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; other commands take it as --llama.")],
     drop_added_rows: Annotated[
-        bool, typer.Option(help="Leave out tokens that the base has not (v0's [PAD]): recipes for the base then fit.")
+        bool, typer.Option(help="Leave out tokens that the base lacks (v0's [PAD]), so that the base's recipes fit.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`lavin-ds prep ...`: source data to Arrow shards, a command for each kind of data."""
+"""`lavin-ds prep ...`: source data to Arrow shards, one command per kind of data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Prepare data: source files to Arrow shards.", no_args_is_help=True)
 
 
-HEADINGS = {"evaluation_only": "no labels"}  # where a column is not named as in the manifest
+HEADINGS = {"evaluation_only": "no labels"}  # of columns whose heading differs from the manifest's key
 
 
 class OnError(str, Enum):
@@ -38,7 +38,7 @@ class OnError(str, Enum):
 
 
 def _command(source: type[Source]) -> Callable[..., None]:
-    """The function of `prep KIND`: the source's own options, then those that all kinds have."""
+    """The function of `prep KIND`: the source's own options, then those of all kinds."""
 
     def run(
         *,
@@ -50,10 +50,10 @@ def _command(source: type[Source]) -> Callable[..., None]:
         recipe: Annotated[str, typer.Option(help="Recipe name or YAML file.")] = source.recipe,
         on_error: Annotated[OnError, typer.Option(help="Bad records: stop, or leave them out.")] = OnError.fail,
         workers: Annotated[
-            int | None, typer.Option(min=1, help="Processes at work; default the cores available.")
+            int | None, typer.Option(min=1, help="Worker processes; default: one per available core.")
         ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older shard directory.")] = False,
-        restart: Annotated[bool, typer.Option("--restart", help="Throw away what a killed job has finished.")] = False,
+        restart: Annotated[bool, typer.Option("--restart", help="Discard what a killed job has finished.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
         **own: Any,
     ) -> None:
@@ -103,12 +103,12 @@ for _source in SOURCES.values():
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Says what to do after an interruption; SIGTERM ends the job in order, as Ctrl-C does."""
+    """After an interruption, says how to continue. SIGTERM ends the job in the same way as Ctrl-C."""
     signal.signal(signal.SIGTERM, _end)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        console.err.print("Stopped. What is finished is kept: the same command goes on from there.")
+        console.err.print("Stopped. Finished files are kept: the same command continues from there.")
         raise
 
 
@@ -117,7 +117,7 @@ def _end(number: int, _frame) -> None:
 
 
 def _stages(title: str, bars: ExitStack) -> Callable[[str, int, int], None]:
-    """Shows the progress of each pass by itself, with its own rate and time left."""
+    """Shows the progress of each pass separately, with its own rate and time left."""
     current, update = None, None
 
     def show(stage: str, done: int, total: int) -> None:
@@ -133,7 +133,7 @@ def _stages(title: str, bars: ExitStack) -> Callable[[str, int, int], None]:
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder to make, in ScienceQA's official layout.")],
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other questions and pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions and pictures.")] = 0,
 ) -> None:
     """Draw the quickstart's small ScienceQA: generated questions and pictures."""
     from lavin_ds.data_prep.sample import generate
@@ -176,7 +176,7 @@ def summary(report: PrepReport) -> dict:
 
 
 def _table(report: PrepReport) -> Table:
-    """A row a split; columns that would be all zeros are left out."""
+    """One row per split. Columns of length outcomes that are all zeros are left out."""
     from lavin_ds.data.schema import LengthCounts
 
     splits = report.manifest.splits
@@ -184,7 +184,7 @@ def _table(report: PrepReport) -> Table:
     size = f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
     caption = "median, max: positions of a sample laid out for training"
     title = f"{report.out}: {size}"
-    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))  # ten columns in 80
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))  # ten columns in 80 characters
     columns = {name: {"rows": s.rows, "images": s.images} for name, s in splits.items()}
     if any(s.records != sum(s.lengths.model_dump().values()) + s.rejected for s in splits.values()):
         columns = {name: {"records": splits[name].records, **column} for name, column in columns.items()}
@@ -202,7 +202,7 @@ def _table(report: PrepReport) -> Table:
 
 
 def _remark(report: PrepReport) -> None:
-    """Says what became of long and bad samples, if there are any."""
+    """Reports long samples and bad records, if there are any."""
     from lavin_ds.data.prompts import CONVERSATION
 
     splits, prompt = report.manifest.splits.values(), report.manifest.prompt

@@ -14,19 +14,19 @@ from lavin_ds.config import load_recipe
 
 
 def features(
-    data: Annotated[Path, typer.Option(help="Shard directory to add them to.")],
+    data: Annotated[Path, typer.Option(help="Shard directory; the features are added to it.")],
     clip: Annotated[Path, typer.Option(help="CLIP weights.")],
     recipe: Annotated[str, typer.Option(help="Recipe name or YAML file; its ViT must have no adapters.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; default: a GPU each, or one.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per GPU, or one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace features of another kind.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Compute every image's features once, for recipes with model.vision_source: cached."""
     config = load_recipe(recipe, overrides or [])
-    # torch takes seconds to import: a wrong recipe is told before.
+    # torch takes seconds to import. A wrong recipe is reported before that.
     import torch
 
     from lavin_ds.data_prep.features import extract, finish, plan
@@ -35,7 +35,7 @@ def features(
     job = plan(data, clip, config, overwrite)
     ranks = ranks or max(1, torch.cuda.device_count())
     if job.done:
-        console.err.print(f"{data} has these features already.", highlight=False)
+        console.err.print(f"{data} already has these features.", highlight=False)
     elif ranks > 1:
         _launch(data, clip, recipe, overrides or [], ranks, overwrite)
     else:

@@ -38,10 +38,10 @@ def inspect_shards(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe to compare the shards with.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of the histogram and the sample; default train, or the first.")
+        str | None, typer.Option(help="Split of the histogram and the sample; default: train, or the first.")
     ] = None,
-    sample: Annotated[str | None, typer.Option(help="An id or a row's number; default one with an image.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the histograms of lengths there.")] = None,
+    sample: Annotated[str | None, typer.Option(help="An id or a row's number; default: one with an image.")] = None,
+    png: Annotated[Path | None, typer.Option(help="File for histograms of the lengths.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what is in a shard directory: counts, lengths, padding, the manifest, and a sample."""
@@ -101,7 +101,7 @@ def _show_manifest(report: Report, out: Console) -> None:
 
 
 def _splits_table(report: Report) -> Table:
-    """A row a split, at most 80 columns. Outcomes of the length limit have a column if there are any."""
+    """One row per split, at most 80 characters wide. Length outcomes that occur have a column."""
     from lavin_ds.data.schema import LengthCounts
 
     outcomes = [k for k in LengthCounts.model_fields if any(getattr(s.lengths, k) for s in report.splits.values())]
@@ -121,7 +121,7 @@ def _splits_table(report: Report) -> Table:
 
 
 def _show_histogram(report: Report, split: str, out: Console) -> None:
-    """A line a bin of lengths, from the first that has rows to the last; a bar of text rows, then of image rows."""
+    """One line per bin of lengths, from the first to the last with rows: a bar of text rows, then of image rows."""
     one, step = report.splits[split], report.bin_width
     limit = max(report.manifest.prompt.max_length, one.longest)
     totals = [t + i for t, i in zip(one.histogram_text, one.histogram_image, strict=True)]
@@ -162,7 +162,7 @@ def _show_sample(shown: SampleView, out: Console) -> None:
 
 
 def token_text(shown: SampleView, brackets: bool) -> Text:
-    """The tokens as they read, styled by kind; `brackets` mark labels where there are no colours."""
+    """The tokens as text, styled by kind. `brackets` mark the labels, for output without colours."""
     text = Text()
     for kind, first, last in shown.spans():
         special = kind in ("modality token", "BOS", "visual slot")
@@ -173,7 +173,7 @@ def token_text(shown: SampleView, brackets: bool) -> Text:
 
 
 def half_blocks(pixels_SS3: np.ndarray, columns: int) -> Text:
-    """A picture of `columns` characters a line: each shows two pixels, one above the other."""
+    """A picture with `columns` characters per line. Each character shows two pixels, one above the other."""
     import numpy as np
     from PIL import Image
 

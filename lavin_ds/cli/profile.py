@@ -1,4 +1,4 @@
-"""`lavin-ds profile`: what a recipe costs, known before the first GPU hour."""
+"""`lavin-ds profile`: what a recipe costs, before the first GPU hour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavin_ds.config import load_recipe
 from lavin_ds.devices import DEVICES, Device, custom_device, parse_bytes
 from lavin_ds.errors import UserError
 
-if TYPE_CHECKING:  # these import torch, which --help should not wait for
+if TYPE_CHECKING:  # these import torch, which would slow down --help
     from lavin_ds.models.counting import ParameterCount
     from lavin_ds.profiling.fit import Fit
     from lavin_ds.profiling.report import Report, Request
@@ -28,7 +28,7 @@ HEADINGS = {"trainable": "#T-Params", "memory": "Memory", "time": "Time", "stora
 
 
 class OverridesGroup(TyperGroup):
-    """Accepts `key=value` beside subcommands; a Typer group has no arguments of its own."""
+    """A group that accepts `key=value` arguments. Typer groups have options and subcommands only."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         takes_value = {o for p in self.params if not getattr(p, "is_flag", False) for o in p.opts}
@@ -61,24 +61,40 @@ def profile(
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a YAML file.")] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="A finished run, beside its prediction; with --recipe or --gpus: those at its speed."),
+        typer.Option(
+            help="A finished run to compare with its prediction. With --recipe or --gpus: predict those at its speed."
+        ),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many; default 8, here 1, or the run's ranks.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs. Default: the run's ranks; else 8, or 1 on this CPU.")
+    ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help=f"GPU: {' '.join(DEVICES)}; here: this CPU. Default: a100-80g."),
+        typer.Option(help=f"A GPU: {' '.join(DEVICES)}; or here, this CPU. Default: {DEFAULT_DEVICE}."),
     ] = None,
-    tflops: Annotated[float | None, typer.Option(help="Of a device of your own, with the next two.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="Its memory's, GB a second.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Its size, GB.")] = None,
-    link: Annotated[float | None, typer.Option(help="GB/s that a GPU sends; several nodes: their network's.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Shards whose lengths to use; default: ScienceQA's.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples; default: the recipe's.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Positions that memory is for; default: max.")] = None,
-    efficiency: Annotated[float, typer.Option(help="Assumed share of the device's peak rates.")] = 0.4,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
-    as_published: Annotated[bool, typer.Option(help="The authors' way too, and what each saving takes off.")] = False,
-    fit: Annotated[str | None, typer.Option(help="The fastest setting for a card of 24GiB, and its command.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="bf16 TFLOP/s of a GPU not in the list; needs the next two options too.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s of its memory.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of its memory.")] = None,
+    link: Annotated[
+        float | None, typer.Option(help="GB/s that one GPU can send. Several nodes: the network's, per GPU.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Shards to take lengths from. Default: ScienceQA's lengths.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples per micro-batch. Default: the recipe's.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Positions per sample for the memory. Default: data.max_length.")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of the device's peak rates to assume.")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for one hour.")] = None,
+    as_published: Annotated[
+        bool, typer.Option(help="Also simulate the authors' step, and what each saving removes.")
+    ] = False,
+    fit: Annotated[str | None, typer.Option(help="Find the fastest setting for cards of this size, as 24GiB.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the memory by component.")] = None,
     timeline: Annotated[Path | None, typer.Option(help="Write a PNG of the memory over a step.")] = None,
@@ -91,13 +107,13 @@ def profile(
         unused = {"--run": run, "--micro-batch": micro_batch, "--length": length, "--as-published": as_published}
         unused |= {"--plot": plot, "--timeline": timeline, "--html": html}
         if given := [option for option, value in unused.items() if value]:
-            raise UserError(f"--fit searches a recipe and prints a command: it has no use for {', '.join(given)}.")
+            raise UserError(f"--fit searches a recipe and prints a command. It has no use for {', '.join(given)}.")
     _check_files({"--plot": plot, "--timeline": timeline, "--html": html})
     overrides = overrides or []
     if recipe is None and run is None:
-        raise UserError("Give --recipe NAME or --run RUN; both: the recipe, as fast as the run was.")
+        raise UserError("Give --recipe NAME or --run RUN. Give both to predict the recipe at the run's speed.")
     if recipe is None and (overrides or micro_batch):
-        raise UserError("A finished run's recipe cannot be changed: give --recipe with the changes too.")
+        raise UserError("A finished run's recipe cannot be changed. Give --recipe too, with the changes.")
     limit = parse_bytes(fit) if fit else None
     changes = [*overrides, f"training.micro_batch={micro_batch}"] if micro_batch else overrides
     config = load_recipe(recipe, changes) if recipe else None
@@ -111,7 +127,7 @@ def profile(
     training_set = find_training_set(config, record, data)
     if training_set is None and (fit or as_published):
         raise UserError(
-            f"How long samples of {config.data.prompt_format} data are is not known without shards: give --data SHARDS."
+            f"The lengths of {config.data.prompt_format} data are not known without shards: give --data SHARDS."
         )
     gpus = gpus or (record.ranks if record else 1 if device == "here" else 8)
     request = Request(
@@ -145,7 +161,7 @@ def profile(
 
 
 def show_run(run: Path) -> None:
-    """Prints the cost table of a finished run to stderr, as `lavin-ds profile --run` begins its report."""
+    """Prints a finished run's cost table to stderr: the first table of `lavin-ds profile --run`."""
     from lavin_ds.profiling.finished_run import load_finished_run
     from lavin_ds.profiling.report import Request, make_report
     from lavin_ds.profiling.training_set import find_training_set
@@ -166,7 +182,7 @@ def _device(
 
     given = [figure for figure in figures if figure is not None]
     if given and (len(given) < len(figures) or name):
-        raise UserError("A device of your own needs all of --tflops, --bandwidth and --memory, and no --device.")
+        raise UserError("Your own device needs all of --tflops, --bandwidth and --memory, and no --device.")
     if any(figure <= 0 for figure in (*given, *([] if link is None else [link]))):
         raise UserError("--tflops, --bandwidth, --memory and --link must be above 0.")
     if name == HERE:
@@ -176,14 +192,14 @@ def _device(
 
 
 def _check_files(files: dict[str, Path | None]) -> None:
-    """Checks the paths before the minutes that fill them."""
+    """Checks the paths before minutes are spent on their contents."""
     for option, path in files.items():
         if path is None:
             continue
         if not path.absolute().parent.is_dir():
             raise UserError(f"{option} {path}: there is no folder {path.parent}.")
         if option != "--html" and path.suffix.lower() != ".png":
-            raise UserError(f"{option} {path}: it writes PNG: give a name that ends with .png.")
+            raise UserError(f"{option} {path}: the file will be a PNG. Give a name that ends with .png.")
 
 
 def _write_files(report: Report, plot: Path | None, timeline: Path | None, html: Path | None) -> list[Path]:
@@ -202,7 +218,7 @@ def _write_files(report: Report, plot: Path | None, timeline: Path | None, html:
 
 
 def _fit(request: Request, limit: int, recipe: str, overrides: list[str], assumed: bool, as_json: bool) -> None:
-    """assumed: the user named no device, so times are those of the default one."""
+    """assumed: the user named no device, so times are for the default one."""
     from lavin_ds.profiling.fit import find_fit
 
     with console.err.status("trying settings") as status:
@@ -234,13 +250,13 @@ def _fit_text(found: Fit, request: Request, speed: str) -> str:
     if found.best is None:
         smallest = found.smallest
         return (
-            f"{name} does not fit {card}: the smallest of {found.tried} settings, "
-            f"{' '.join(smallest.changes) or 'the recipe itself'}, needs {_gigabytes(smallest.peak_bytes)} for its "
+            f"{name} does not fit {card}. The smallest of {found.tried} settings "
+            f"({' '.join(smallest.changes) or 'the recipe itself'}) needs {_gigabytes(smallest.peak_bytes)} for "
             f"tensors ({_gigabytes(found.weights_bytes)} of them frozen weights) and {overhead}."
             + (" More cards can share every layer: give more --gpus." if limit > found.overhead_bytes else "")
         )
     hours = found.best.time.hours
-    paid = "" if request.price is None else f", {hours * gpus * request.price:,.2f} at the price given"
+    paid = "" if request.price is None else f", {hours * gpus * request.price:,.2f} at the given price"
     return (
         f"{name} fits {card} with {_gigabytes(found.best.peak_bytes)} of tensors (simulated) and {overhead}.\n"
         f"{duration(3600 * hours)} for the whole recipe, {request.training_set.source}, at the speed of {speed} "
@@ -260,7 +276,7 @@ def params(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count a recipe's parameters, exactly and without loading anything."""
+    """Count a recipe's parameters exactly, without loading weights."""
     from lavin_ds.models.counting import count_parameters
 
     count = count_parameters(load_recipe(recipe, overrides or []))
@@ -286,7 +302,7 @@ def _print(report: Report) -> None:
 
 
 def _cost_table(report: Report) -> Table:
-    where = f"quoted: 8 x A100, lite one GPU; here: {report.gpus} x {report.device.name}"
+    where = f"quoted rows: 8 x A100, lite 1 GPU; ours: {report.gpus} x {report.device.name}"
     table = Table(title=f"Cost of training ({where})", title_justify="left")
     table.add_column("Method", no_wrap=True)
     for heading in HEADINGS.values():
@@ -332,7 +348,7 @@ def _memory_table(report: Report) -> Table:
 def _savings_table(report: Report) -> Table:
     stages = report.published.stages
     table = Table(title=f"{report.config.name}: from the authors' way to ours, GB at the peak", title_justify="left")
-    table.add_column("Each keeps those above it")
+    table.add_column("Savings, one added at a time")
     for heading in ("full\nmicro-batch", "", "average\nmicro-batch", "", "TFLOP"):
         table.add_column(heading, justify="right")
     for number, stage in enumerate(stages):

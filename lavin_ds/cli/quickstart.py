@@ -14,21 +14,22 @@ from lavin_ds.cli import console
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder to make; everything the quickstart makes is in it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder to make, for everything that the quickstart makes.")] = Path(
         "lavin-quickstart"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the sample's questions and of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions and of the training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """A small LLaMA that cannot see learns to see: sample data, shards, two trainings, scores, cost, export.
 
-    Every step is a command of its own, and shown as it runs.
+    Every step is also a command, which is shown before it runs.
     """
     from lavin_ds.cli.profile import show_run
     from lavin_ds.quickstart import Quickstart
 
     console.err.print(
-        "A frozen 4-layer LLaMA and a frozen 8-layer ViT, which have never met, and questions about pictures.\n"
+        "A frozen 4-layer LLaMA and a frozen 8-layer ViT, never trained together, learn to answer questions about "
+        "pictures.\n"
         "It takes a few minutes on two CPU cores.",
         highlight=False,
     )
@@ -68,7 +69,7 @@ def _cost_table(summary: dict) -> Table:
     table.add_column(overflow="fold")
     table.add_row("trainable parameters", f"{summary['trainable_parameters']:,}")
     table.add_row("adapter file", f"{summary['adapter_bytes'] / 1e3:,.0f} kB")
-    table.add_row("time", f"{summary['seconds']:.0f} s, of which LaVIN trained {summary['training_seconds']:.0f} s")
+    table.add_row("time", f"{summary['seconds']:.0f} s, {summary['training_seconds']:.0f} s of it for training LaVIN")
     table.add_row("peak memory", f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB in the largest process")
     for name, path in summary["paths"].items():
         table.add_row(name.replace("_", " "), path)

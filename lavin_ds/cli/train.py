@@ -1,5 +1,5 @@
-"""`lavin-ds train`: works out the ranks of this machine and starts `deepspeed launch/train.py` on them.
-`lavin-ds validate`: the checks that come first, as a list."""
+"""`lavin-ds train` chooses the number of ranks and starts `deepspeed launch/train.py` on them.
+`lavin-ds validate` runs only the checks that `train` begins with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from rich.text import Text
 from lavin_ds.cli import console
 from lavin_ds.launching.arguments import TrainArguments, takes_run_options
 
-Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks here; default: GPUs, or up to 2 cores.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on this machine; default: one per GPU, or per core up to 2.")
+]
 Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several nodes.")]
-Force = Annotated[bool, typer.Option("--force", help="Start although the simulated memory is more than is free.")]
+Force = Annotated[bool, typer.Option("--force", help="Start even if the simulated memory exceeds the free memory.")]
 
 
 @takes_run_options
 def train(arguments: TrainArguments, ranks: Ranks = None, hostfile: Hostfile = None, force: Force = False) -> None:
-    """Train adapters; `lavin-ds validate` with the same words checks everything without doing it."""
+    """Train adapters. `lavin-ds validate` with the same arguments only runs the checks."""
     from lavin_ds.launching.launcher import launch
 
     raise typer.Exit(launch(arguments, ranks, hostfile, force))
@@ -35,8 +37,8 @@ def _validate(
     force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check what `lavin-ds train` would do with the same words; --out may be left out. Exit code 2 if anything is
-    wrong."""
+    """Run the checks of `lavin-ds train` with the same arguments. --out may be left out. Exit code 2 if a check
+    fails."""
     from lavin_ds.launching.launcher import all_checks
 
     out = arguments.out

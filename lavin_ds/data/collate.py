@@ -1,7 +1,7 @@
 """From rows to the tensors of a batch.
 
-Dimensions: B samples, T tokens of the longest (packed: of all), N images, S their side in pixels, F rows of an image
-from the ViT, W vision width.
+Dimensions: B samples, T tokens of the longest sample (packed: of all samples together), N images, S image side in
+pixels, F rows that the ViT gives per image, W vision width.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ PADDING = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: samples padded on the right to the longest of them, or packed, end to end in one row.
+    """A micro-batch. Its samples are padded on the right to the longest one, or packed end to end in one row.
 
-    An image that several samples show is there once, as pixels or as cached features. `visual_start` is the index of
-    the first visual token within every sample with an image; None if no sample has one. `packed` has the length of
-    every sample, and ids and labels then are [1, T]; None: one row a sample.
+    An image that several samples share is stored once, as pixels or as cached features. `visual_start` is the index of
+    the first visual token within each sample that has an image; None if no sample has one. `packed` is the length of
+    each sample, and ids and labels are then [1, T]; None if each sample has its own row.
 
-    The indices that the model needs are worked out here, where the batch is made: of values on a GPU, the host would
-    have to wait for them in every micro-batch.
+    The indices that the model needs are computed here, on the CPU. Computed on a GPU, they would make the host wait in
+    every micro-batch.
     """
 
     ids_BT: torch.Tensor  # int64
-    labels_BT: torch.Tensor  # int64, IGNORE where there is no label; labels stand at their own token
+    labels_BT: torch.Tensor  # int64, IGNORE where there is no label; not shifted: a label is at its own token
     image_B: torch.Tensor  # int64, index into images_NHWC or features_NFW, -1 for text
     images_NHWC: torch.Tensor | None  # uint8
     visual_start: int | None
@@ -40,16 +40,16 @@ class Batch:
     row_ids: list[str]
     features_NFW: torch.Tensor | None = None  # float32
     packed: tuple[int, ...] | None = None
-    # Of all B * T tokens of ids_BT: each sample's first; each one's sample; each one's place in its sample.
+    # Among the B * T tokens of ids_BT: the first token of each sample; the sample of each token; its place in there.
     first_B: torch.Tensor = field(init=False)
     sample_N: torch.Tensor = field(init=False)
     place_N: torch.Tensor = field(init=False)
-    # Packed: where each sample begins, and the last one ends, int32 [B + 1]; None: padded.
+    # The start of each packed sample, and the end of the last one, int32 [B + 1]; None: padded.
     cu_seqlens: torch.Tensor | None = field(init=False)
-    # I samples with an image: which these are, and each one's first visual token among the B * T.
+    # The I samples that have an image: their indices, and the first visual token of each among the B * T.
     illustrated_I: torch.Tensor = field(init=False)
     visual_I: torch.Tensor = field(init=False)
-    # The tokens that predict a label, among the B * T, and the labels.
+    # The L labels: the token that predicts each, among the B * T, and the label itself.
     predicting_L: torch.Tensor = field(init=False)
     target_L: torch.Tensor = field(init=False)
 
@@ -84,11 +84,11 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a copy to a GPU runs beside its work."""
+        """The same batch in pinned memory, so that a copy to a GPU runs while the GPU computes."""
         return self._with_tensors(torch.Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changed = copy(self)  # not made anew: that would work out the indices again, and on the device
+        changed = copy(self)  # a new Batch would compute the indices again, on the device
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(changed, name, change(value))
@@ -102,17 +102,17 @@ def collate(
     visual_tokens: int,
     packing: bool = False,
 ) -> Batch:
-    """Training batch: prompt, response, EOS; padded, or with `packing` all samples in one row.
+    """Makes a training batch of prompts, responses and EOS: padded, or with `packing` all samples in one row.
 
-    `image` gives uint8 pixels or float32 features by Row.image: ShardReader.image or ShardReader.features. With
-    visual_tokens 0 every sample is laid out as text and no image is read.
+    `image` returns the uint8 pixels or float32 features of a Row.image: ShardReader.image or ShardReader.features. If
+    visual_tokens is 0, every sample is laid out as text and no image is read.
     """
     layouts = [lay_out(r.token_ids, r.label_spans, r.image >= 0, frame, visual_tokens) for r in rows]
     return _batch(rows, layouts, image, visual_tokens, packing)
 
 
 def prompt_batch(rows: Sequence[Row], image: Callable[[int], np.ndarray], frame: Frame, visual_tokens: int) -> Batch:
-    """Evaluation batch: prompts alone, no label, ready to generate from."""
+    """Makes an evaluation batch: prompts without responses and labels, ready to generate from."""
     none = np.zeros((0, 2), dtype=np.int32)
     layouts = [lay_out(r.prompt_ids, none, r.image >= 0, frame, visual_tokens) for r in rows]
     return _batch(rows, layouts, image, visual_tokens)

@@ -1,6 +1,6 @@
-"""Pictures: from a file's bytes to resized pixels in prep, from pixels to normalised floats on the device.
+"""Images: prep decodes and resizes files to pixels, and the device turns pixels into normalised floats.
 
-N images, S their side in pixels
+Dimensions: N images, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the LaVIN authors normalise by (re
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file of a few kB can claim far more
-MAX_SIDE = 7_000  # of the square that a picture is padded to; a square of it has about MAX_PIXELS
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that Pillow hands to another program
+MAX_SIDE = 7_000  # of a padded square: it then has about MAX_PIXELS
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow decodes these itself, without another program
 
 
 class ImageError(Exception):
-    """Why an image cannot be used, as a clause without its file name."""
+    """An image cannot be used. The message is a clause without the file's name: "has 3 x 9 pixels, over .."."""
 
 
 def decode(content: bytes) -> Image.Image:
@@ -49,21 +49,21 @@ def decode(content: bytes) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except ImageError:
         raise
-    except UnidentifiedImageError:  # its message holds an address, which differs from run to run
-        raise ImageError(f"is no image of a format that is read ({', '.join(FORMATS)})") from None
+    except UnidentifiedImageError:  # Pillow's message holds a memory address, which differs from run to run
+        raise ImageError(f"is not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"is a decompression bomb ({error})") from None
     # Pillow's decoders raise nearly anything on damaged files.
     except Exception as error:
-        raise ImageError(f"will not decode ({type(error).__name__}: {error})") from None
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from None
 
 
 def resize(image: Image.Image, size: int, how: ImageResize) -> np.ndarray:
     """Bicubic to a square of `size`; uint8 [size, size, 3].
 
-    squash   the whole picture, its aspect ratio lost: as LaVIN
-    crop     the middle of the picture, its aspect ratio kept: as CLIP
-    pad      the whole picture and its aspect ratio, bars of CLIP's mean colour beside it: as LLaVA-1.5
+    squash   keeps the whole image and loses its aspect ratio, as LaVIN does
+    crop     keeps the aspect ratio and the middle of the image, as CLIP does
+    pad      keeps the whole image and its aspect ratio, and adds bars of CLIP's mean colour, as LLaVA-1.5 does
     """
     if how == "crop":
         return _crop(image, size)
@@ -75,7 +75,7 @@ def resize(image: Image.Image, size: int, how: ImageResize) -> np.ndarray:
 def _crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
-    # torchvision's arithmetic: the long side rounded down, the crop's corner to the nearest even.
+    # As in torchvision, the long side is rounded down and the crop's corner to the nearest, halves to even.
     width, height = (size if side == short else int(size * side / short) for side in (width, height))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -84,7 +84,7 @@ def _crop(image: Image.Image, size: int) -> np.ndarray:
 
 def _pad_to_square(image: Image.Image) -> Image.Image:
     longest = max(image.size)
-    if longest > MAX_SIDE:  # a long strip would become a square of gigabytes
+    if longest > MAX_SIDE:  # a long strip would make a square of gigabytes
         width, height = (max(1, round(side * MAX_SIDE / longest)) for side in image.size)
         image, longest = image.resize((width, height), Image.Resampling.BICUBIC), MAX_SIDE
     square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in CLIP_MEAN))
@@ -99,7 +99,7 @@ def normalise(
     import torch  # not at the top: prep and its workers need no torch
 
     x_NCHW = images_NHWC.permute(0, 3, 1, 2).to(torch.float32).div(255)
-    # Filled on the device: a list copied to a GPU would make the host wait.
+    # Filled on the device, because copying a list to a GPU would make the host wait.
     fill = partial(torch.full, (1, 1, 1), dtype=torch.float32, device=x_NCHW.device)
     channels = [torch.cat([fill(fill_value=value) for value in three]) for three in (mean, std)]
     return x_NCHW.sub(channels[0]).div(channels[1])

@@ -1,15 +1,15 @@
 """The sequence layout: the position of every token of a sample. Pure functions on numpy arrays.
 
-    T tokens of a laid-out sample, P visual tokens, S label spans
+Dimensions: T tokens of a laid-out sample, P visual tokens, S label spans.
 
     image: [BOS]["Image: "   ][P placeholders, id 0][prompt][response][EOS]
     text : [BOS]["Image: N/A"                      ][prompt][response][EOS]
 
-The modality token t_m is not among the ids: the model puts it before them, at RoPE position 0, so BOS is at 1. A
-`max_length` counts it, and so allows max_length - 1 ids.
+The ids do not include the modality token t_m. The model puts it before them, at RoPE position 0, so BOS has position 1.
+`max_length` counts it, so a sample has at most max_length - 1 ids.
 
-Labels are as long as the ids and not shifted: label[i] is ids[i] in the response and its EOS, and IGNORE elsewhere. The
-model's loss shifts them: position i - 1 predicts label i.
+There is one label per id, and labels are not shifted: label[i] is ids[i] in the response and its EOS, and IGNORE
+elsewhere. The model's loss shifts them: position i - 1 predicts label i.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 from lavin_ds.data.tokenizer import Tokenizer
 
 IGNORE = -100
-PLACEHOLDER = 0  # the model replaces it by a visual token; the same id as padding
+PLACEHOLDER = 0  # the model replaces it with a visual token; the same id as padding
 IMAGE_PREFIX = "Image: "
 TEXT_PREFIX = "Image: N/A"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The ids around a sample's own tokens; constant for a tokenizer."""
+    """The ids that stand before a sample's own tokens. They depend on the tokenizer alone."""
 
     bos: int
     prefix_image: tuple[int, ...]
@@ -36,16 +36,16 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Frame:
-        """What the tokenizer makes of the prefixes.
+        """Encodes the prefixes.
 
-        LLaMA's tokenizer puts a space before the prompt that follows "Image: N/A". Where a tokenizer does not, a line
-        break stands between them, which byte-level vocabularies hold as a token of its own.
+        LLaMA's tokenizer puts a space between "Image: N/A" and the prompt. If a tokenizer does not, a line break is
+        put there: byte-level vocabularies have a token for it.
         """
         text_prefix = TEXT_PREFIX if tokenizer.adds_space else TEXT_PREFIX + "\n"
         return cls(tokenizer.bos_id, tuple(tokenizer.encode(IMAGE_PREFIX)), tuple(tokenizer.encode(text_prefix)))
 
     def head(self, has_image: bool, visual_tokens: int) -> list[int]:
-        """Everything before the prompt. Without visual tokens there is no image: every sample is text."""
+        """Everything before the prompt. If `visual_tokens` is 0, every sample is laid out as text."""
         if has_image and visual_tokens:
             return [self.bos, *self.prefix_image, *[PLACEHOLDER] * visual_tokens]
         return [self.bos, *self.prefix_text]
@@ -57,7 +57,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Layout:
-    """One laid-out sample: ids [T] and labels [T], int64; visual tokens stand at visual_start, or -1."""
+    """One laid-out sample: ids [T] and labels [T], int64. visual_start is the first visual token's index, or -1."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -80,7 +80,7 @@ def lay_out(
 
 
 def laid_out_lengths(token_counts, has_image, frame: Frame, visual_tokens: int) -> np.ndarray:
-    """Ids, without the modality token, of samples with `token_counts` tokens of their own; [rows]."""
+    """The number of ids, without the modality token, of samples that have `token_counts` own tokens; [rows]."""
     heads = np.where(has_image, len(frame.head(True, visual_tokens)), len(frame.head(False, visual_tokens)))
     return np.asarray(token_counts, dtype=np.int64) + heads
 
@@ -98,12 +98,13 @@ def official_layout(
     visual_tokens: int,
     max_length: int,
 ) -> Layout:
-    """Lays out what the authors' data set hands over, as their model does, minus the modality token.
+    """Lays out an item of the authors' data set as their model does, without the modality token.
 
-    ids [n] start with BOS and end with EOS and padding (id 0); labels [n] are 0 where there is none. Prefix
-    and visual slots go in after BOS and what passes `max_length` is lost at the end: their two cuts, before
-    and after the modality token, come to one. Returns ids and labels of min(max_length - 1, n + prefix +
-    visual) positions, padding included. Labels of id 0 (<unk>) are lost, as they are there.
+    ids [n] start with BOS and end with EOS and padding (id 0); labels [n] are 0 where there is no label. Prefix and
+    visual slots are inserted after BOS, and the end is cut off at `max_length`. The authors cut twice, before and
+    after they add the modality token; one cut gives the same. Returns ids and labels of
+    min(max_length - 1, n + prefix + visual) positions, padding included. Labels with id 0 (<unk>) are lost, as in
+    the authors' code.
     """
     visual = visual_tokens if is_image else 0
     inserted = np.concatenate([np.asarray(prefix_ids, dtype=np.int64), np.full(visual, PLACEHOLDER)])

@@ -1,19 +1,19 @@
-"""What a record becomes as text: the prompt that is read and the response that is learnt.
+"""The text of a record: the prompt that the model reads, and the response that it learns.
 
-A recipe's `data.prompt_format` names the wording. Which kind of data has which formats: data_prep/sources.py.
+A recipe's `data.prompt_format` names the wording. data_prep/sources.py knows the formats of each kind of data.
 
 ScienceQA: a format such as `QCM-ALE` lists the parts of the prompt before the dash and those of the response after it:
 Q question, C context, M choices, A answer, L lecture, E explanation (which the data set calls the solution).
 
-The authors' code words some of it in another way; `compat` chooses theirs. The differences:
+The authors' code words some parts differently, and `compat` chooses their wording. The differences:
 
 | point                      | here                                  | compat (reference, section 2)         |
 |----------------------------|---------------------------------------|---------------------------------------|
 | AL and AE                  | AL gives the lecture, AE the solution | swapped                               |
-| no lecture and no solution | "BECAUSE:" is left out                | left dangling                         |
+| no lecture and no solution | "BECAUSE:" is left out                | "BECAUSE:" with nothing after it      |
 | line breaks                | kept as they are, one token each      | a backslash and an "n" in lecture and |
 |                            |                                       | solution, kept in question and hint   |
-| spaces                     | every run becomes one space           | one pass of two spaces to one         |
+| spaces                     | each run becomes one space            | each pair becomes one space, once     |
 | response                   | starts with the space that follows    | no space: "Response:The answer is B." |
 |                            | "Response:"                           |                                       |
 
@@ -23,8 +23,8 @@ frozen LLM was not trained on texts with a backslash and an "n" in their place.
 Instructions: `single-turn` makes a sample of every turn of a conversation, each with the image, as the authors
 train (reference, section 2); `conversation` makes one sample of all turns. The wording of a turn is the authors'.
 
-`caption`: no paper states a prompt for captioning. This is the authors' wording of an instruction, and the instruction
-is one for brief descriptions from LLaVA's pre-training set ("Visual Instruction Tuning", appendix).
+`caption`: no paper states a prompt for captioning. The instruction is one of LLaVA's for brief descriptions ("Visual
+Instruction Tuning", appendix), worded as the authors word instructions.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ CAPTION_INSTRUCTION = "Provide a brief description of the given image."
 
 
 class Turn(Protocol):
-    """What is asked and what is learnt, as text.
+    """One prompt and its response, as text.
 
     `context` is the part of the prompt that may be shortened. The response starts with the space that follows
-    "Response:", unless it is worded for compat.
+    "Response:", except with compat.
     """
 
     @property
@@ -106,7 +106,7 @@ class QuestionTurn:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction, what it is about (Alpaca's input; may be empty) and the reply (a `Turn`)."""
+    """An instruction, its input as in Alpaca (may be empty), and the reply (a `Turn`)."""
 
     instruction: str
     input: str
@@ -128,7 +128,7 @@ class Instruction:
 
 
 def context_of(question: Question, caption: str | None, compat: bool = False) -> str:
-    """The hint, and after it the caption if there is one; empty if there is neither."""
+    """The hint followed by the caption. Either may be missing."""
     clean = str.strip if compat else _tidy
     hint, caption = clean(question.hint), clean(caption or "")
     return f"{hint} {caption}".strip()
@@ -137,7 +137,7 @@ def context_of(question: Question, caption: str | None, compat: bool = False) ->
 def build_prompt(question: Question, format: str, context: str, compat: bool = False) -> str:
     """The prompt, from "Question:" to "Response:". An empty context reads "N/A".
 
-    The context is given as text (see `context_of`), so that a sample that is too long can have a shorter one.
+    The context is an argument (see `context_of`), so that it can be shortened if a sample is too long.
     """
     parts = INPUT_PARTS[format.split("-")[0]]
     clean = _tidy if not compat else lambda text: text
@@ -181,7 +181,7 @@ def _explanation(question: Question, letters: str, compat: bool) -> str:
 
 
 def _tidy(text: str) -> str:
-    """One space for a run of blanks, none beside a line break or at the ends, at most one empty line."""
+    """Makes each run of blanks one space, and strips every line. Keeps at most one empty line in a row."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     text = "\n".join(" ".join(line.split()) for line in lines).strip()
     while "\n\n\n" in text:
@@ -190,5 +190,5 @@ def _tidy(text: str) -> str:
 
 
 def _squeeze_once(text: str) -> str:
-    """Replaces two spaces by one in one pass, as the authors' code does: three spaces become two."""
+    """Replaces each pair of spaces with one space, once, as the authors' code does: three spaces become two."""
     return text.replace("  ", " ").strip()

@@ -1,10 +1,10 @@
 """Which samples an optimizer step sees, and which rank computes which of them. Pure functions of numbers.
 
-The order of samples is an infinite stream: a permutation per epoch, each a function of (seed, epoch), one after the
-other. Optimizer step k takes samples [k * N, (k + 1) * N) of it, where N is the global batch. So a step sees the same
-samples on any number of ranks, and the only position to save is the step number.
+The samples form an endless stream: one permutation per epoch, each a function of (seed, epoch). Optimizer step k takes
+samples [k * N, (k + 1) * N) of the stream, where N is the global batch. So a step sees the same samples on any number
+of ranks, and the step number is the only position to save.
 
-    n samples in the data, N samples in a global batch
+Dimensions: n samples in the data, N samples in a global batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def total_steps(n_samples: int, epochs: float, global_batch: int) -> int:
 @lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(n), int64 [n], read-only."""
-    # Sorting raw generator output keeps the order when numpy changes how it shuffles.
+    # numpy may change how it shuffles. Sorting raw generator output does not depend on that.
     bits = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(b"order"), epoch])).random_raw(n)
     order = np.argsort(bits, kind="stable")
     order.flags.writeable = False
@@ -36,7 +36,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def global_batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray:
     """The samples of optimizer step `step`, counted from 0; int64 [N].
 
-    A batch at the end of an epoch goes on with the next one, and may then hold a sample twice.
+    A batch that reaches the end of an epoch continues with the next epoch, so it may hold a sample twice.
     """
     if n < 1:
         raise UserError("The split has no sample to train on: prepare more data or a larger data.max_length.")
@@ -47,17 +47,17 @@ def global_batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.
 
 
 def micro_batches(global_batch: int, ranks: int, micro_batch: int) -> int:
-    """How many micro-batches every rank computes per optimizer step.
+    """The number of micro-batches that every rank computes per optimizer step.
 
     Raises:
-        UserError: there are too few samples for every rank to have that many, none of them empty.
+        UserError: there are too few samples to give every rank that many without an empty one.
     """
     count = math.ceil(global_batch / (ranks * micro_batch))
     if global_batch < ranks * count:
         raise UserError(
-            f"training.global_batch {global_batch} cannot be dealt to {ranks} data-parallel ranks in equally "
-            f"many micro-batches of at most training.micro_batch {micro_batch}: make it a multiple of "
-            f"{ranks}, or use fewer ranks."
+            f"training.global_batch {global_batch} cannot be split over {ranks} data-parallel ranks so that each has "
+            f"the same number of micro-batches of at most training.micro_batch {micro_batch} samples: make it a "
+            f"multiple of {ranks}, or use fewer ranks."
         )
     return count
 
@@ -70,17 +70,17 @@ def assign(
     micro_batch: int,
     packing: bool = False,
 ) -> list[list[np.ndarray]]:
-    """Deals a global batch to ranks in micro-batches of nearly equal work; element [rank][k] holds sample indices.
+    """Splits a global batch into micro-batches of nearly equal work; element [rank][k] holds sample indices.
 
-    indices [N]: the samples; lengths [N]: their lengths in tokens; has_image [N]: whether they show an image. Every
-    rank gets `micro_batches(...)` micro-batches of at least one sample, with few long samples or many short ones.
+    indices [N]: the samples; lengths [N]: their lengths in tokens; has_image [N]: whether they have an image. Every
+    rank gets `micro_batches(...)` micro-batches. Each has at least one sample: a few long ones or many short ones.
     `micro_batch` bounds the memory of each: it has at most as many tokens, with padding, as `micro_batch` samples of
     the batch's greatest length, and at most `micro_batch` images.
 
-    A padded micro-batch holds samples of similar lengths. A packed one (`packing`) has no padding and holds any.
-    Micro-batches with the most work come first, so that a run that does not fit into memory fails at once. At the
-    same k all ranks have about the same work, and the rank that had the least so far gets the most. Ties are broken
-    by the position in `indices` and by the rank.
+    A padded micro-batch holds samples of similar lengths. A packed one (`packing`) has no padding, so its samples may
+    have any lengths. Micro-batches with the most work come first, so that a run that does not fit into memory fails at
+    once. At the same k all ranks have about the same work, and the rank with the least work so far gets the largest
+    micro-batch. Ties are broken by the position in `indices` and by the rank.
     """
     lengths, has_image = np.asarray(lengths).tolist(), np.asarray(has_image).tolist()
     pieces = ranks * micro_batches(len(indices), ranks, micro_batch)
@@ -103,10 +103,10 @@ def assign(
 
 
 def _cut_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
-    """Cuts `order` into `count` consecutive pieces, the largest with as few tokens, padding included, as possible.
+    """Cuts `order` into `count` consecutive pieces so that the largest has as few tokens as possible, with padding.
 
-    Searches the smallest limit on a piece's tokens that needs at most `count` pieces. A limit of `most` samples of the
-    greatest length always suffices: a full piece then has at least `most` samples.
+    A binary search finds the smallest limit on a piece's tokens that needs at most `count` pieces. A limit of `most`
+    samples of the greatest length is always enough, because a full piece then has at least `most` samples.
     """
     low, high = lengths[order[0]], most * lengths[order[0]]
     while low < high:
@@ -140,8 +140,8 @@ def _cut(order: list[int], lengths: list[int], has_image: list[bool], limit: int
 def _fill_evenly(order: list[int], lengths: list[int], has_image: list[bool], count: int, most: int) -> list[list[int]]:
     """`count` pieces with about the same sum of lengths: each sample goes to the piece with the fewest tokens so far.
 
-    No piece exceeds `most` samples of the greatest length: as long as one is left, there is a piece with fewer than
-    `most` samples, and it has room.
+    No piece has more tokens than `most` samples of the greatest length: as long as a sample is left, some piece has
+    fewer than `most` samples, so it has room.
     """
     filled: list[list[int]] = [[] for _ in range(count)]
     tokens, images = [0] * count, [0] * count

@@ -1,12 +1,11 @@
 """From texts to the tokens of a sample, under the length limit.
 
 In training a sample is prompt, response and EOS; in evaluation it is the prompt. The two are shortened separately,
-because a long response must not change the question that evaluation asks. So a row has a prompt of its own
-(`prompt_ids`) if training had to shorten the prompt, and a sample whose response does not fit is still kept to be
-answered.
+because a long response must not change the question that evaluation asks. So a row stores evaluation's prompt
+separately (`prompt_ids`) if training had to shorten the prompt further. A sample whose response does not fit keeps its
+prompt for evaluation.
 
-A sample may be a whole conversation: its turns follow each other, each with prompt, response and EOS, and every
-response is learnt.
+A sample may be a whole conversation: several turns, each with prompt, response and EOS. Every response is learnt.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from lavin_ds.data.prompts import Turn
 from lavin_ds.data.schema import PromptSettings
 from lavin_ds.data.tokenizer import Tokenizer
 
-ANSWER_ROOM = 64  # tokens left to generate after an evaluation prompt; the authors' max_gen_len
+ANSWER_ROOM = 64  # tokens left for the answer after an evaluation prompt; the authors' max_gen_len
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one row (see data/schema.py), and what became of it: a field name of LengthCounts.
+    """Tokens of one row (see data/schema.py). `outcome` is a field name of LengthCounts.
 
-    `dropped` samples have no tokens; `reason` says why for all that are not trained on.
+    A `dropped` sample has no tokens. `reason` is set if the sample is not trained on.
     """
 
     outcome: str
@@ -46,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A turn and its ids; the response's end with EOS."""
+    """A turn and its ids. response_ids end with EOS."""
 
     turn: Turn
     prompt_ids: list[int]
@@ -64,14 +63,14 @@ def make_samples(
     frame: Frame,
     settings: PromptSettings,
 ) -> list[Sample]:
-    """Tokenises conversations, most of them of a single turn, and fits each into settings.max_length."""
+    """Tokenises conversations (most have a single turn) and fits each into settings.max_length."""
     turns = [turn for conversation in conversations for turn in conversation]
     prompts, responses = [turn.prompt(turn.context) for turn in turns], [turn.response for turn in turns]
     prompt_ids = tokenizer.encode_batch(prompts)
     limits = [room(settings.max_length, has, frame, settings.visual_tokens) for has in has_image]
     if settings.compat:
         joint_ids = tokenizer.encode_batch([p + r for p, r in zip(prompts, responses, strict=True)])
-        triples = zip(prompt_ids, joint_ids, limits, strict=True)  # the authors know single turns only
+        triples = zip(prompt_ids, joint_ids, limits, strict=True)  # the authors' code has single turns only
         return [_cut_at_the_end(p, [*joint, tokenizer.eos_id], limit) for p, joint, limit in triples]
     response_ids = tokenizer.encode_continuation_batch(responses)
     encoded = iter(
@@ -85,7 +84,7 @@ def make_samples(
 
 
 def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> Sample:
-    """compat: what is over the limit is lost, EOS first. The labels begin where the prompt, tokenised alone, ends."""
+    """compat: cuts the end off at the limit, EOS first. Labels begin after as many ids as the prompt has by itself."""
     token_ids = joint_ids[:limit]
     start = min(len(prompt_ids), len(token_ids))
     same_prompt = token_ids[:start] == prompt_ids
@@ -98,7 +97,7 @@ def _cut_at_the_end(prompt_ids: list[int], joint_ids: list[int], limit: int) -> 
 
 
 def _fit(turns: list[_Encoded], limit: int, tokenizer: Tokenizer, settings: PromptSettings) -> Sample:
-    """The whole sample if it fits; else what the policy says; the first prompt only if its response does not fit."""
+    """A sample of at most `limit` ids: the whole, or shortened, or only the first prompt, or dropped."""
     total = sum(turn.total for turn in turns)
     if total <= limit:
         return _training_sample("whole", turns)
@@ -143,7 +142,7 @@ def _training_sample(outcome: str, turns: list[_Encoded], asked_ids: Sequence[in
 def _shorten(
     turn: Turn, prompt_ids: list[int], limit: int, tokenizer: Tokenizer, may_shorten: bool = True
 ) -> list[int] | None:
-    """Ids of the prompt with as many of the context's first words as fit into `limit`, or None."""
+    """Ids of the prompt with as many of the context's first words as fit into `limit`. None if even none fit."""
     if len(prompt_ids) <= limit:
         return prompt_ids
     context = turn.context
@@ -157,7 +156,7 @@ def _shorten(
 
 
 def _whole_words(text: str, start: str) -> str:
-    """`start`, the beginning of `text` up to some token, without a broken character or word at its end."""
+    """`start` without a broken character or word at its end; `start` is the beginning of `text` up to some token."""
     start = start.rstrip("\ufffd")
     inside_a_word = text.startswith(start) and not text[len(start) : len(start) + 1].isspace()
     if inside_a_word and len(start) < len(text) and any(map(str.isspace, start)):

@@ -1,6 +1,6 @@
-"""What is in a shard directory: the Arrow schemas of its two tables and the manifest that describes them.
+"""What is in a shard directory: the Arrow schemas of its tables and the manifest that describes them.
 
-docs/data-format.md says the same in prose. A change that an older reader would misread raises SCHEMA_VERSION.
+docs/data-format.md describes the same in prose. A change that an older reader would misread needs a new SCHEMA_VERSION.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-# One row a sample. Token columns hold the sample's own tokens only: BOS, prefix and visual slots depend
-# on the run.
+# One row per sample. Token columns hold only the sample's own tokens, because BOS, prefix and visual slots depend on
+# the run.
 ROW_SCHEMA = _schema(
     id=pa.string(),
     token_ids=pa.list_(pa.int32()),  # prompt, response, EOS
     label_spans=pa.list_(pa.int32()),  # start, end, start, end, ..: half-open, over token_ids
     label_count=pa.int32(),  # labelled tokens; 0: for evaluation only
     prompt_length=pa.int32(),  # tokens before the first label
-    prompt_ids=pa.list_(pa.int32()),  # what evaluation reads; empty: the same as in token_ids
+    prompt_ids=pa.list_(pa.int32()),  # what evaluation reads; empty: token_ids[:prompt_length]
     image=pa.int32(),  # row of the image table, or -1
     has_image=pa.bool_(),
-    # The columns of the ScienceQA score, and its answer; false, -1, 0 and "" in other kinds of data.
+    # For the score of ScienceQA; false, -1, 0 and "" in other kinds of data.
     has_hint=pa.bool_(),
     answer=pa.int8(),
     n_choices=pa.int8(),
     subject=pa.string(),
     grade=pa.string(),
-    # What a caption is scored against; empty in other kinds of data, and in rows that are only trained on.
+    # The captions that a score compares with; empty in split train and in other kinds of data.
     references=pa.list_(pa.field("item", pa.string(), nullable=False)),
 )
 
-# One row a distinct image file, whatever the number of samples and splits that show it.
+# One row per distinct image file, however many samples and splits use it.
 IMAGE_SCHEMA = _schema(
     id=pa.string(),  # SHA-256 of the source file
     source=pa.string(),  # the first path it was found under
@@ -55,7 +55,7 @@ IMAGE_SCHEMA = _schema(
 )
 
 
-# One row a row of the image table, in its order: what a frozen CLIP makes of the pixels.
+# One row per row of the image table, in the same order: the features that a frozen CLIP computes from the pixels.
 FEATURE_SCHEMA = _schema(
     id=pa.string(),  # as in the image table
     features=pa.list_(pa.float32()),  # [F, vision width], row by row
@@ -70,12 +70,12 @@ class FileEntry(Section):
 
 
 class LengthCounts(Section):
-    """What became of the samples of a split under the length limit; they add up to all of its samples."""
+    """The number of samples of a split by what the length limit did to them. Their sum is all samples of the split."""
 
     whole: int = 0
     shortened: int = 0  # the context, or a conversation's last turns, were cut so that the response fits
-    cut: int = 0  # compat only: lost tokens at the end, as the authors' code does
-    evaluation_only: int = 0  # too long to train on; kept, without labels, to be answered
+    cut: int = 0  # compat only: cut off at the end, as in the authors' code
+    evaluation_only: int = 0  # too long to train on; the prompt is kept, without labels
     dropped: int = 0  # not even the prompt fits
 
 
@@ -83,7 +83,7 @@ class SplitEntry(Section):
     files: list[FileEntry]
     rows: int = Field(ge=0)
     images: int = Field(ge=0)  # rows with an image
-    records: int = Field(ge=0)  # of the source, `rejected` ones included; one may become several rows
+    records: int = Field(ge=0)  # in the source, with the `rejected` ones; a record may become several rows
     lengths: LengthCounts
     rejected: int = Field(0, ge=0)  # bad records that --on-error skip left out
     longest_image: int = Field(0, ge=0)  # own tokens (prompt, response, EOS) of the longest row with an image
@@ -98,14 +98,14 @@ class ImageEntry(Section):
 
 
 class FeatureEntry(Section):
-    """The ViT's rows of every image, and everything they depend on besides its pixels."""
+    """The table of cached ViT features, and everything that they depend on besides the pixels."""
 
     clip_sha256: str  # of the CLIP file
     vision: VisionConfig
     normalise: Literal["clip", "imagenet"]  # mean and standard deviation of the pixels
-    computed_in: Dtype  # of the ViT; stored as float32, which holds every value of the others
+    computed_in: Dtype  # of the ViT; features are stored as float32, which holds every bf16 and fp16 value
     rows_per_image: int = Field(gt=0)  # F
-    width: int = Field(gt=0)  # W: their columns
+    width: int = Field(gt=0)  # W, columns
     files: list[FileEntry]
     rows: int = Field(ge=0)
 
@@ -125,7 +125,7 @@ class PromptSettings(Section):
     captions: bool
     max_length: int = Field(gt=0)  # positions, with the modality token, BOS, prefix and visual tokens
     overlength: Literal["error", "drop", "shorten"]
-    visual_tokens: int = Field(ge=0)  # how many an image was assumed to take of max_length
+    visual_tokens: int = Field(ge=0)  # per image, when the texts were cut to max_length
     compat: Literal["lavin-official"] | None = None
 
     @classmethod
@@ -143,11 +143,11 @@ class PromptSettings(Section):
 
 class Manifest(Section):
     schema_version: int
-    kind: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of data: a kind in data_prep/sources.py, or one from outside
+    kind: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of data: a key of data_prep.sources.SOURCES
     created_by: str
     splits: dict[str, SplitEntry]
     images: ImageEntry | None  # None: prepared for a recipe without vision
-    features: FeatureEntry | None = None  # None: `lavin-ds prep features` has not been here
+    features: FeatureEntry | None = None  # None: `lavin-ds prep features` has not run
     tokenizer: TokenizerEntry
     prefix_image: list[int]
     prefix_text: list[int]
@@ -166,7 +166,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     """Reads a shard directory's manifest.
 
     Raises:
-        UserError: it is missing, is not JSON, is of another schema version, or a key in it is wrong.
+        UserError: it is missing, is not JSON, has another schema version, or has a wrong key or value.
     """
     path = Path(directory) / MANIFEST_NAME
     if Path(directory).is_file():
@@ -176,13 +176,13 @@ def load_manifest(directory: str | Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except OSError:
         raise UserError(
-            f"{path} is missing: {directory} is no shard directory; make one with `lavin-ds prep`."
+            f"{path} is missing, so {directory} is not a shard directory: make one with `lavin-ds prep`."
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version} and this version reads {SCHEMA_VERSION}: {remedy}.")
+        raise UserError(f"{path} has schema_version {version}, but this version reads {SCHEMA_VERSION}: {remedy}.")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -192,9 +192,9 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def manifest_sha256(directory: str | Path, vision_source: str) -> str:
-    """Hash of what the manifest says, and through its checksums of all data; a run directory records it.
+    """Hash of the manifest's content, which covers all data by their checksums. A run directory records it.
 
-    Cached features count for a recipe that reads them alone: adding them does not make other data of the rest.
+    Cached features are part of it only for a recipe that reads them, so adding them changes no other recipe's hash.
     """
     raw = json.loads((Path(directory) / MANIFEST_NAME).read_bytes())
     if vision_source != "cached":
@@ -203,10 +203,10 @@ def manifest_sha256(directory: str | Path, vision_source: str) -> str:
 
 
 def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | None = None) -> list[str]:
-    """Every disagreement between shards and recipe, a clause each with both values; empty if they agree.
+    """Every difference between shards and recipe, as a clause with both values; empty if there is none.
 
-    A recipe without vision may use shards with images: it reads every sample as text. clip_sha256: the CLIP whose
-    cached features the adapters were trained on, if there are such adapters.
+    A recipe without vision may use shards with images: it reads every sample as text. clip_sha256: of the CLIP whose
+    cached features the adapters were trained on; None if there are no such adapters.
     """
     prompt, data, model = manifest.prompt, config.data, config.model
     pairs = [
@@ -230,7 +230,7 @@ def check_manifest(manifest: Manifest, config: RunConfig, clip_sha256: str | Non
 
 
 def _check_room(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Whether every sample has room for its visual tokens. Shards can be read with any neck that leaves it."""
+    """Checks that every sample has room for its visual tokens. Any neck whose tokens fit can read the shards."""
     visual_tokens, limit = config.model.visual_tokens, config.data.max_length
     longest = _longest(manifest, visual_tokens)
     if longest <= limit:
@@ -265,7 +265,7 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
         ("rows (F) of an image's features", entry.rows_per_image, vision.rows),
         ("width (W) of the features", entry.width, vision.width),
     ]
-    if all(ours == theirs for _, ours, theirs in pairs):  # else it is another tower
+    if all(ours == theirs for _, ours, theirs in pairs):  # else it is another ViT, and these two say so already
         pairs = [(f"model.vision.{key}", ours, getattr(vision, key)) for key, ours in entry.vision]
         pairs.append(("normalisation of the features' pixels", entry.normalise, normalisation(config)))
     found = [f"{key}: shards {ours}, recipe {theirs}" for key, ours, theirs in pairs if ours != theirs]
@@ -278,12 +278,12 @@ def _check_features(manifest: Manifest, config: RunConfig, clip_sha256: str | No
 
 
 def normalisation(config: RunConfig) -> Literal["clip", "imagenet"]:
-    """Whose mean and standard deviation normalise the pixels of the recipe's ViT (see VisionTower)."""
+    """The mean and standard deviation that normalise the ViT's pixels: CLIP's or ImageNet's (see VisionTower)."""
     return "imagenet" if config.compat else "clip"
 
 
 def _longest(manifest: Manifest, visual_tokens: int) -> int:
-    """Positions, with the modality token, of the longest sample under a number of visual tokens."""
+    """Positions of the longest sample, with the modality token, if an image has `visual_tokens`."""
     image_head, text_head = (len(manifest.frame.head(has, visual_tokens)) for has in (True, False))
     splits = manifest.splits.values()
     longest_image = max((s.longest_image + image_head for s in splits if s.longest_image), default=0)

@@ -1,7 +1,7 @@
 """Arrow shards on disk: written whole or not at all, read row by row in any order through a memory map.
 
-A file is Arrow IPC, uncompressed, so that a row is a slice of the mapped file: nothing is parsed or copied,
-and ranks on one machine share the pages.
+Files are uncompressed Arrow IPC. So a row is a slice of the mapped file: nothing is parsed or copied, and the ranks of
+a machine share its pages.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync
 
-# Rows an Arrow batch, which is what a writer holds in memory: about 1 MB of tokens, 5 MB of 224-pixel images.
+# Rows per Arrow batch. A writer holds one batch in memory: about 1 MB of tokens, or 5 MB of 224-pixel images.
 ROW_BATCH = 1024
 IMAGE_BATCH = 32
 
 
 def write_shard(path: Path, schema: pa.Schema, rows: Iterable[dict], batch_rows: int) -> FileEntry | None:
-    """Streams rows, one value a column, into a file; memory holds one Arrow batch of `batch_rows`.
+    """Streams rows, one value per column, into a file; returns its entry. Memory holds one Arrow batch of `batch_rows`.
 
-    The file gets its name only when it is complete and on disk; what fails leaves none. No rows: no file, and None.
+    The file gets its name only when it is complete and on disk, so a failure leaves no file. If there are no rows, no
+    file is written and None is returned.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -67,7 +68,7 @@ def write_shard(path: Path, schema: pa.Schema, rows: Iterable[dict], batch_rows:
 
 
 class _HashedFile(io.BufferedWriter):
-    """A new file that hashes what is written to it: Arrow writes from front to back."""
+    """A new file that hashes what is written to it. Arrow writes from front to back, so the hash is the file's."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path, "w"))
@@ -110,13 +111,13 @@ class Row:
 class ShardReader:
     """Random access to one split of a shard directory, and to the images it refers to.
 
-    Opening reads the manifest and the files' footers only. Pickles by path, for worker processes.
+    Opening reads only the manifest and the files' footers. A reader is pickled as its path, for worker processes.
 
     Attributes: directory, split, manifest, frame, tokenizer.
 
     Raises:
-        UserError: no manifest, wrong schema version, no such split, a file missing, of the wrong size or
-        damaged.
+        UserError: the manifest is missing or has another schema version; there is no such split; a file is missing,
+            damaged or of the wrong size.
     """
 
     def __init__(self, directory: str | Path, split: str):
@@ -146,7 +147,7 @@ class ShardReader:
         entry = self.manifest.tokenizer
         tokenizer = Tokenizer(self.directory / entry.file, entry.bos, entry.eos)
         if tokenizer.sha256 != entry.sha256:
-            raise UserError(f"{tokenizer.path} is not what {self.directory} was prepared with: copy the folder again.")
+            raise UserError(f"{tokenizer.path} is not the file {self.directory} was prepared with: copy it again.")
         return tokenizer
 
     def row(self, index: int) -> Row:
@@ -181,7 +182,7 @@ class ShardReader:
         return batch.bytes("pixels", i).reshape(size, size, 3)
 
     def image_origin(self, index: int) -> tuple[str, str]:
-        """SHA-256 of the file that image Row.image was made from, and where in the source data it was found."""
+        """SHA-256 and path of the source file of image Row.image."""
         batch, i = self._images.locate(index)
         return batch.value("id", i), batch.value("source", i)
 
@@ -193,38 +194,38 @@ class ShardReader:
 
     @cached_property
     def _features(self) -> _Table:
-        # Opened on demand: training from pixels has no need of them.
+        # Opened on demand: training from pixels does not need them.
         return _Table(self.directory, self.manifest.features.files, FEATURE_SCHEMA)
 
     def visual_input(self, vision_source: str) -> Callable[[int], np.ndarray]:
-        """What a recipe with this model.vision_source reads of an image, by Row.image: its pixels or its features.
+        """The function that returns the pixels or the cached features of a Row.image, as model.vision_source says.
 
         Raises:
-            UserError: a file of the features is missing, of the wrong size or damaged.
+            UserError: a file of features is missing, damaged or of the wrong size.
         """
         if vision_source == "pixels":
             return self.image
-        _ = self._features  # opens the files now, so that a damaged one is told before training
+        _ = self._features  # opens the files now, so that a damaged one is reported before training
         return self.features
 
     def lengths(self, visual_tokens: int) -> np.ndarray:
-        """Ids of every sample laid out for training, without the modality token; int64 [rows]."""
+        """The number of ids of each sample laid out for training, without the modality token; int64 [rows]."""
         return laid_out_lengths(self._rows.counts("token_ids"), self.has_pixels, self.frame, visual_tokens)
 
     def prompt_lengths(self, visual_tokens: int) -> np.ndarray:
-        """Ids of every sample laid out for evaluation; int64 [rows]."""
+        """The number of ids of each sample laid out for evaluation, without the modality token; int64 [rows]."""
         own = self._rows.counts("prompt_ids")
         counts = np.where(own, own, self._rows.column("prompt_length"))
         return laid_out_lengths(counts, self.has_pixels, self.frame, visual_tokens)
 
     @cached_property
     def label_counts(self) -> np.ndarray:
-        """Labelled tokens (response and EOS) of every sample; int64 [rows]. 0: for evaluation only."""
+        """The number of labelled tokens (response and EOS) of each sample; int64 [rows]. 0: for evaluation only."""
         return self._rows.column("label_count").astype(np.int64)
 
     @cached_property
     def trainable(self) -> np.ndarray:
-        """Indices of the rows that have labels, ascending; int64. What training samples from."""
+        """Indices of the rows that have labels, ascending; int64. Training uses these rows."""
         return np.flatnonzero(self.label_counts)
 
     @cached_property
@@ -233,7 +234,7 @@ class ShardReader:
         return self._rows.column("image") >= 0
 
     def verify(self) -> None:
-        """Checks every file of the directory, against its checksum; UserError at the first that fails."""
+        """Checks every file of the directory against its checksum; raises UserError at the first that differs."""
         for entry in self.manifest.all_files():
             path = self.directory / entry.name
             if file_sha256(path) != entry.sha256:
@@ -241,7 +242,7 @@ class ShardReader:
 
 
 class _Table:
-    """Rows that run over several memory-mapped files and, within them, Arrow batches."""
+    """The rows of several memory-mapped files, each of several Arrow batches."""
 
     def __init__(self, directory: Path, files: Iterable[FileEntry], schema: pa.Schema):
         self._batches: list[_Batch] = []
@@ -263,13 +264,13 @@ class _Table:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def counts(self, name: str) -> np.ndarray:
-        """How many items each row's list has, from the offsets alone; [rows]."""
+        """The number of items in each row's list, read from the offsets alone; [rows]."""
         parts = [np.diff(batch.column(name).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 class _Batch:
-    """One Arrow record batch, its columns looked up once and then read as numpy views."""
+    """One Arrow record batch. A column is looked up once and then read as a numpy view."""
 
     def __init__(self, batch: pa.RecordBatch):
         self._batch, self.rows = batch, batch.num_rows

@@ -1,10 +1,10 @@
 """Text to token ids and back, with the tokenizer of the base model.
 
-Two kinds of file are read: a SentencePiece model (LLaMA's tokenizer.model) and the tokenizer.json of Hugging Face's
-`tokenizers` (LLaMA-3, SmolLM2, TinyLlama and others). The file's name decides which: it ends in .json or not.
+It reads two kinds of file: a SentencePiece model (LLaMA's tokenizer.model) and the tokenizer.json of Hugging Face's
+`tokenizers` (LLaMA-3, SmolLM2, TinyLlama and others). A name that ends in .json means the second kind.
 
-Text is data. Where it contains the name of a control token, such as "</s>" or "<|im_end|>", the name is encoded
-letter by letter like any other text, and never becomes the id that ends a sequence.
+Text is data. If it contains the name of a control token, such as "</s>" or "<|im_end|>", the name is encoded letter by
+letter like any other text, and never becomes the id that ends a sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tokenizers
 
 from lavin_ds.errors import UserError
 
-# Beside tokenizer.json, the files that can name BOS and EOS, in the order they are asked: by text, then by id.
+# The files beside tokenizer.json that can name BOS and EOS, in the order they are read: by text, then by id.
 NAMED_BY_TEXT = ("tokenizer_config.json", "special_tokens_map.json")
 NAMED_BY_ID = ("generation_config.json", "config.json")
 SPACE_MARKS = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a space inside a piece
@@ -32,7 +32,7 @@ class Tokenizer:
         sha256: hash of the file's bytes.
         vocab_size: one more than the largest id.
         bos_id, eos_id: the ids that begin and end a sequence. A SentencePiece model holds them; for a
-            tokenizer.json they come from the files beside it, unless the caller knows them (shards record them).
+            tokenizer.json they come from the files beside it, or from the caller (shards record them).
         adds_space: whether every text is encoded as if a space stood before it, as LLaMA-1 and 2 do.
 
     Raises:
@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def shard_name(self) -> str:
-        """Name of the copy that shards keep of the file."""
+        """The file's name in a shard directory, which holds a copy."""
         return "tokenizer.json" if self.path.suffix == ".json" else "tokenizer.model"
 
     def encode(self, text: str) -> list[int]:
@@ -67,13 +67,13 @@ class Tokenizer:
         return self._file.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of every text, on one thread: several workers of a job do this at once."""
+        """Encodes every text on one thread, because several worker processes do this at once."""
         return self._file.encode_batch(texts)
 
     def encode_continuation_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that follow other text: prompt ids + these ids decode to prompt + text.
 
-        Where the tokenizer adds a space of its own, it replaces the text's leading space: " The" after "Response:"
+        If the tokenizer adds a space itself, that space replaces the text's leading one: " The" after "Response:"
         becomes one piece, as in running text, and not a space followed by "The".
         """
         if self.adds_space:
@@ -81,7 +81,7 @@ class Tokenizer:
         return self.encode_batch(texts)
 
     def piece(self, token: int) -> str:
-        """How one id reads in running text, with its leading space. Bytes that are no character stay as <0xE2>."""
+        """One id as text, with its leading space. Bytes that are not a whole character stay as <0xE2>."""
         return self._file.shown(int(token))
 
     def decode(self, ids) -> str:
@@ -112,7 +112,7 @@ class _SentencePiece:
         return token
 
     def keep_out_of_text(self, bos_id: int, eos_id: int) -> None:
-        """Nothing to do: a control piece has no spelling here."""
+        """Nothing to do: no text is encoded to a control piece."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, num_threads=1)
@@ -139,7 +139,7 @@ class _TokenizerJson:
                 f"Tokenizer {path} is not a tokenizer.json of Hugging Face's tokenizers ({error}): "
                 "is its download complete?"
             ) from None
-        self._model.no_truncation()  # some files carry the settings of whoever saved them
+        self._model.no_truncation()  # some files hold the settings of the person who saved them
         self._model.no_padding()
         self._model.encode_special_tokens = True  # encode their names as text
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -188,7 +188,7 @@ class _TokenizerJson:
                 )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # One text at a time: the library's own batches start a thread a core.
+        # One text at a time: the library's own batches start one thread per core.
         return [self._model.encode(text, add_special_tokens=False).ids for text in texts]
 
     def decode(self, ids: list[int]) -> str:

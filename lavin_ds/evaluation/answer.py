@@ -1,4 +1,4 @@
-"""Any model's answers to any task's requests: responses are generated, given continuations are scored."""
+"""Answers the requests of a task with a model: generates responses, or scores given continuations."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def answer(
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Answer]:
-    """Answers every request of `asked`; by id, in the order of the requests.
+    """Answers every request of `asked`. Returns the answers by id, in the order of the requests.
 
     A model without vision reads every prompt as text.
 
-    batch_size: requests, or continuations, that are worked on at a time. Compat models work on one.
-    on_progress: called with the number of requests answered and of all, each time one is complete.
+    batch_size: requests or continuations at a time; always 1 for compat models.
+    on_progress: called with (answered, total) each time a request is complete.
 
     Raises:
         UserError: the device has no memory for so many requests at a time.
     """
     needs = {request.id: _tokens(request, asked, model.visual_count) for request in asked.requests}
-    # A max_length counts the modality token too, which takes no place in a slot.
+    # max_length also counts the modality token, which takes no place in a slot.
     fitting = [request for request in asked.requests if needs[request.id] < asked.max_length]
     answers = {request.id: Answer(request.id, ending="no_room") for request in asked.requests if request not in fitting}
     if fitting:
@@ -42,7 +42,7 @@ def answer(
 
 
 def _tokens(request: Request, asked: RequestSet, visual_tokens: int) -> int:
-    """What a request takes of a slot at least: its prompt, and one token or the longest continuation."""
+    """The least number of tokens that a request needs: its prompt, and one token or the longest continuation."""
     prompt = len(asked.frame.head(request.image >= 0, visual_tokens)) + len(request.prompt_ids)
     return prompt + max(map(len, request.continuations), default=1)
 
@@ -55,7 +55,7 @@ def _answered(engine: Engine, requests: list[Request], asked: RequestSet) -> Ite
         id, _, number = found.id.rpartition("#")
         request = by_id[id]
         if request.generation:
-            # An answer that reached its limit did not end by itself.
+            # "length": the answer reached its limit before EOS.
             yield request, Answer(id, found.text.strip(), ending="cut" if found.finish == "length" else "done")
             continue
         scores[id][int(number)] = sum(found.scored_logprobs)
@@ -65,7 +65,7 @@ def _answered(engine: Engine, requests: list[Request], asked: RequestSet) -> Ite
 
 
 def _parts(request: Request, asked: RequestSet) -> Iterator[generation.Request]:
-    """What the engine is asked: the request itself, or one of each continuation. Their prompt is then read once."""
+    """The engine's requests: the request itself, or one per continuation. The engine reads a shared prompt once."""
     image = asked.image(request.image) if request.image >= 0 else None
     if request.generation:
         settings = request.generation

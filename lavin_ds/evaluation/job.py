@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # torch and the model take seconds to import, and `prepare` d
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """What to evaluate, on which task: a `run`; or a `llama` with a `recipe` that trains nothing, or with an
-    exported `adapter`.
+    """The task, and the model to evaluate: a `run`, or a `llama` with a `recipe` that trains nothing, or a `llama`
+    with an exported `adapter`.
 
-    A run knows its inputs, and an adapter its recipe: those need not be given.
+    A run records its inputs and an adapter its recipe, so these need not be given.
     """
 
     task: str = "scienceqa"
@@ -47,7 +47,7 @@ class EvalArguments:
 
 @dataclass(frozen=True)
 class Job:
-    """An evaluation that passed every check that takes seconds, before any weight is read."""
+    """An evaluation that passed all quick checks. No weight has been read yet."""
 
     arguments: EvalArguments
     subject: Subject
@@ -58,14 +58,14 @@ class Job:
 
 
 def prepare(arguments: EvalArguments) -> Job:
-    """Finds the model, opens the task's data, makes the requests, and looks at the weights' headers.
+    """Finds the model, opens the task's data, makes the requests, and checks the weights' headers.
 
     Raises:
-        UserError: the first thing that is missing or contradictory, and what to do about it.
+        UserError: something is missing or contradictory. The error says what to do.
     """
-    of_task = find_task(arguments.task)
+    task_class = find_task(arguments.task)
     subject = _find_subject(arguments)
-    task = of_task(subject.data, arguments.split, arguments.limit)
+    task = task_class(subject.data, arguments.split, arguments.limit)
     asked = task.ask(subject, arguments.generation)
     check_inputs(subject.config, subject.llama, subject.clip)
     out = arguments.out or _default_out(arguments, subject.config.name, task.questions < task.rows)
@@ -123,7 +123,7 @@ def _find_subject(given: EvalArguments) -> Subject:
 
 
 def _default_out(arguments: EvalArguments, recipe: str, partial: bool) -> Path:
-    """In the run, else here. What cannot be compared with a plain full evaluation gets another name."""
+    """A file in the run, or in the working directory without one. A partial or sampled evaluation has its own name."""
     name = f"eval-{arguments.task}-{arguments.split}"
     if partial:
         name += f"-first-{arguments.limit}"
@@ -136,11 +136,11 @@ def _check_out(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file's name.")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out} lies in a folder that does not exist: make it first.")
+        raise UserError(f"--out {out} is in a folder that does not exist: make it first.")
 
 
 def _report(job: Job, result: Result, seconds: float, device: str) -> dict[str, Any]:
-    """The results file. Everything but `predictions` is the summary."""
+    """The content of the results file. All of it but `predictions` is the summary."""
     arguments, subject, generation = job.arguments, job.subject, job.arguments.generation
     return {
         "task": job.task.name,

@@ -1,4 +1,4 @@
-"""What a task asks a model and what it gets back. Needs no torch: questions are read before a model is loaded."""
+"""A task's requests to a model, and the answers. Imports no torch: questions are read before a model is loaded."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Generation:
 class Request:
     """One question to a model: either a response is generated, or the given continuations are scored.
 
-    id: unique within its RequestSet; the answer has the same.
+    id: unique within its RequestSet; the answer has the same id.
     prompt_ids: the prompt alone, without BOS, prefix and visual tokens.
     image: index that RequestSet.image reads, or -1 for text.
-    continuations: ids of each text whose log-likelihood after the prompt is asked. EOS counts if it is among them.
+    continuations: ids of each text whose log-likelihood after the prompt is wanted. EOS counts if it is among them.
     """
 
     id: str
@@ -50,9 +50,8 @@ class Request:
 class RequestSet:
     """The requests of one task to one model, and what they share.
 
-    max_length: positions that prompt and response together may take, with the modality token and all that the
-    frame adds.
-    image: reads the image of a request for the model: uint8 pixels [size, size, 3], or float32 features [P, W].
+    max_length: the most positions of prompt and response together, with the modality token and the frame.
+    image: reads the image of a request for the model: uint8 pixels [size, size, 3], or float32 features [F, W].
     Requests with the same index share one pass through the ViT if they are in one batch.
     """
 
@@ -72,12 +71,12 @@ class RequestSet:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to the request of the same id.
+    """A model's answer to the request with the same id.
 
     text: the response, without blanks around it; empty if continuations were scored.
-    log_likelihoods: of each continuation, in nats, the sum over its tokens; empty if a response was generated.
+    log_likelihoods: of each continuation, in nats, summed over its tokens; empty if a response was generated.
     ending: "done"; "cut" if the response reached its limit before EOS; "no_room" if the prompt (with the longest
-    continuation) leaves no room within max_length, so that nothing was generated or scored.
+    continuation) does not fit into max_length, so nothing was generated or scored.
     """
 
     id: str
@@ -87,5 +86,5 @@ class Answer:
 
 
 def random_of(seed: int, purpose: str, request_id: str) -> np.random.Generator:
-    """A random stream of a request's own: neither its place among the requests nor its batch changes it."""
+    """The random stream of one request. It does not depend on the order of requests or on the batch."""
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {request_id}".encode())])

@@ -1,4 +1,4 @@
-"""A loaded model that answers people: text and pictures in, requests of the generation engine out."""
+"""A loaded model that answers people. It turns text and pictures into requests to the generation engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_FILE = 50 * 2**20  # bytes of a picture's file
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a person asks. earlier_turns: how many of the turns before it the model is shown."""
+    """A person's question. earlier_turns: the number of earlier turns that `ids` include."""
 
     text: str
     image: np.ndarray | None
@@ -32,7 +32,7 @@ class Prompt:
 
 
 class Assistant:
-    """The model of a subject, in `slots` slots of as many tokens as the recipe trains on, or `max_length`."""
+    """The model of a subject, with `slots` slots of `max_length` positions (default: the recipe's data.max_length)."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Assistant:
         check_inputs(config, subject.llama, subject.clip)
         if config.model.vision_source == "cached":
             raise UserError(
-                f"Recipe {config.name} reads cached features of pictures, which a new one does not have: ask it with a "
-                "recipe whose model.vision_source is pixels, and --clip."
+                f"Recipe {config.name} reads cached features, which a new picture does not have: give a recipe with "
+                "model.vision_source pixels, and --clip."
             )
         tokenizer = find_tokenizer(subject)
         initialize_single_process()
@@ -55,7 +55,7 @@ class Assistant:
         self.config = config
         self.model = build_model(config, subject.llama, subject.clip, subject.adapter, device, on_progress)
         slots = 1 if self.model.compat else slots
-        # A max_length counts the modality token, which takes no place in a slot.
+        # max_length also counts the modality token, which takes no place in a slot.
         self.engine = Engine(self.model, tokenizer, slots, (max_length or config.data.max_length) - 1)
         self.wording = Wording(config, tokenizer)
 
@@ -81,7 +81,7 @@ class Assistant:
     def prompt(
         self, text: str, image: np.ndarray | None, max_new_tokens: int, history: Sequence[Exchange] = ()
     ) -> Prompt:
-        """Words a question; earlier turns that leave no room for an answer are not shown, the oldest first.
+        """Makes the prompt of a question. If earlier turns leave no room for an answer, the oldest are left out.
 
         Raises:
             UserError: the question leaves no room for an answer.
@@ -97,7 +97,7 @@ class Assistant:
         return Request(id, np.asarray(prompt.ids), prompt.image, max_new_tokens, sampling, stop)
 
     def stream(self, request: Request) -> Iterator[Answer]:
-        """The answer each time it has grown. Ending the iteration early cancels the request."""
+        """Yields the answer each time it has grown. Ending the iteration early cancels the request."""
         answer = self.engine.submit(request)
         try:
             while not answer.finish:

@@ -1,11 +1,11 @@
 """The generation engine: requests in, tokens out, many at a time.
 
-Each request has a slot of its own in the KV cache, and each step is one pass of the model over what is due: a part of
-the prompts that are being read, and one token of each answer that is being written, end to end in one row without
-padding. When an answer ends, its slot goes to the next request at once. A slot that is free keeps what it holds: a
-request whose prompt begins alike (the next turn of a conversation, a benchmark's preset) is read from there on.
+Each request has its own slot in the KV cache. Each step is one pass of the model over the tokens that are due: a part
+of the prompts that are being read, and one token of each answer that is being written. They are packed into one row
+without padding. When an answer ends, the next request gets its slot at once. A free slot keeps its content: if another
+prompt begins in the same way (the next turn of a conversation, a benchmark's preset), only its rest is read.
 
-On tensor-parallel ranks, each rank has an engine of its own and all are given the same requests in the same order.
+With tensor parallelism each rank has its own engine, and all ranks get the same requests in the same order.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from lavin_ds.generation.text import AnswerText
 from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.lavin import Lavin
 
-READ_AT_ONCE = 2048  # prompt tokens per step, so that answers that are being written do not wait for long
-SHARED = 32  # a beginning that is in use elsewhere is copied from so many tokens on
-IMAGES_KEPT = 64  # visual tokens of the images seen last
+READ_AT_ONCE = 2048  # prompt tokens per step; a limit, so that answers being written do not wait for long
+SHARED = 32  # the shortest common beginning, in tokens, that is reused from another slot
+IMAGES_KEPT = 64  # images whose visual tokens are kept, the most recent ones
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request on its way. `ids` are all that the model reads for it, as far as they are known."""
+    """A request in progress. `ids` are its tokens so far: the prompt's and the answer's."""
 
     request: Request
     answer: Answer
-    ids: list[int]  # visual token p of image k stands as a negative number that no other token has
+    ids: list[int]  # a visual token is a negative number, unique to its image and its place there
     prompt_length: int
-    has_image: bool  # decides the routing, and with it every key and value
+    has_image: bool  # decides the routing, and so every key and value
     text: AnswerText
     stream: np.random.Generator
     slot: int = -1
@@ -55,7 +55,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Held:
-    """What a free slot holds."""
+    """The content of a free slot."""
 
     ids: list[int]
     has_image: bool
@@ -64,8 +64,8 @@ class _Held:
 class Engine:
     """Answers requests with `model`, in `slots` slots of `capacity` tokens each.
 
-    capacity counts BOS, prefix, visual tokens, prompt and answer. `frame` is by default that of the tokenizer. The
-    KV cache is made here, once, and takes `KVCache.bytes_needed` bytes. Dropout is switched off.
+    capacity counts BOS, prefix, visual tokens, prompt and answer. The default `frame` is the tokenizer's. The KV cache
+    is allocated here, once, and takes `KVCache.bytes_needed` bytes. Dropout is switched off.
 
     Raises:
         UserError: the device has no memory for the cache; or more than one slot with compat weights, whose answers
@@ -92,7 +92,9 @@ class Engine:
             ) from None
         self.waiting: deque[_Sequence] = deque()
         self.running: dict[int, _Sequence] = {}  # by slot
-        self.free = OrderedDict((slot, _Held([], False)) for slot in range(slots))  # the longest free one first
+        self.free = OrderedDict(
+            (slot, _Held([], False)) for slot in range(slots)
+        )  # the one free for longest comes first
         self.images: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class Engine:
         ids = [*head, *own]
         if len(ids) + (request.max_new_tokens > 0) > self.cache.capacity:
             raise UserError(
-                f"Request {request.id} has {len(ids)} tokens of a prompt, and there is room for "
+                f"Request {request.id} has a prompt of {len(ids)} tokens, but there is room for only "
                 f"{self.cache.capacity} with the answer: shorten it."
             )
         answer = Answer(request.id, prompt_tokens=len(ids))
@@ -136,7 +138,7 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers all requests, and yields each answer when it is complete, in the order in which they end."""
+        """Answers all requests, and yields each answer as soon as it is complete."""
         requests, answers = iter(requests), {}
         while True:
             while len(self.waiting) < self.cache.slots:
@@ -167,10 +169,10 @@ class Engine:
             sequence = self.waiting[0]
             source, shared = self._beginning(sequence)
             if shared > self.cache.lengths[source]:
-                break  # another request is reading it just now: a step later it can be copied
+                break  # another request is still reading this beginning; in a later step it can be copied
             target = next(iter(self.free))
             if source in self.free and shared == len(self.free[source].ids):
-                target = source  # all that it holds goes on
+                target = source  # the request continues all that the slot holds
             elif shared:
                 self.cache.copy(source, target, shared)
             self.cache.lengths[target] = shared
@@ -181,11 +183,11 @@ class Engine:
         self._see([sequence for sequence in admitted if sequence.has_image])
 
     def _beginning(self, sequence: _Sequence) -> tuple[int, int]:
-        """The slot that holds, or will hold, most of what the sequence begins with, and how many tokens these are."""
+        """The slot with the longest common beginning, and its length in tokens. The slot may still be reading it."""
         best, shared = next(iter(self.free)), 0
         if self.model.compat:
             return best, shared
-        # The token before the first one that is wanted is always read: its hidden state predicts that one.
+        # The last token before the first prediction is always read, because its hidden state makes the prediction.
         wanted = sequence.ids[: sequence.prompt_length - sequence.scored_count - 1]
         for slot, other in [*self.free.items(), *self.running.items()]:
             if other.has_image == sequence.has_image:
@@ -195,7 +197,7 @@ class Engine:
         return best, shared
 
     def _due(self) -> list[tuple[_Sequence, int]]:
-        """What this step reads, by slot: each running sequence with how many of its tokens."""
+        """The tokens that this step reads: each running sequence, with the number of its tokens, by slot."""
         due, budget = [], READ_AT_ONCE
         for sequence in self.running.values():
             unread = len(sequence.ids) - self.cache.lengths[sequence.slot]
@@ -207,7 +209,7 @@ class Engine:
         return sorted(due, key=lambda read: read[0].slot)
 
     def _read(self, due: Sequence[tuple[_Sequence, int]]) -> tuple[torch.Tensor, Reads]:
-        """The model's pass: hidden states [N, D] of all tokens that are due."""
+        """Runs the model: hidden states [N, D] of all tokens that are due."""
         reads = Reads(self.cache, [sequence.slot for sequence, _ in due], [count for _, count in due])
         ids, visual_rows, visual = [], [], []
         positions = []
@@ -239,7 +241,7 @@ class Engine:
         return hidden_ND, reads
 
     def _write(self, due: Sequence[tuple[_Sequence, int]], hidden_ND: torch.Tensor, reads: Reads) -> list[Answer]:
-        """Chooses a token for each sequence that is read up to its end; returns the answers that have changed."""
+        """Chooses a token for each sequence that is read to its end; returns the answers that have changed."""
         ready, last, row = [], [], 0
         for (sequence, count), held in zip(due, reads.held, strict=True):
             self._score(sequence, hidden_ND[row : row + count], held)
@@ -257,7 +259,7 @@ class Engine:
             uniform = [float(sequence.stream.random(dtype=np.float32)) for sequence in writing]
             ids_B = choose(logits_BV, [sequence.request.sampling for sequence in writing], uniform)
             logprobs = self._logprobs(writing, logits_BV, ids_B)
-            # The only place in a step where the device is waited for.
+            # Here the host waits for the device.
             for sequence, id, logprob in zip(writing, ids_B.tolist(), logprobs, strict=True):
                 self._append(sequence, id, logprob)
         return [sequence.answer for sequence in ready]
@@ -290,7 +292,7 @@ class Engine:
     # -- probabilities ----------------------------------------------------------------------------------------------
 
     def _score(self, sequence: _Sequence, hidden_TD: torch.Tensor, held: int) -> None:
-        """Log-probabilities of the scored ids that these tokens predict: token i is predicted by the one before it."""
+        """Adds the log-probabilities of the scored ids that these tokens predict. Each token predicts the next one."""
         start = max(held, sequence.prompt_length - sequence.scored_count - 1)
         end = min(held + len(hidden_TD), sequence.prompt_length - 1)
         if start >= end:
@@ -321,7 +323,7 @@ class Engine:
     # -- images -----------------------------------------------------------------------------------------------------
 
     def _see(self, sequences: Sequence[_Sequence]) -> None:
-        """Gives sequences their visual tokens [P, D]. Images seen lately are not seen again, nor is one twice."""
+        """Gives sequences their visual tokens [P, D]. An image whose visual tokens are kept is not encoded again."""
         new = {}
         for sequence in sequences:
             key = _digest(sequence.request.image)
@@ -343,13 +345,13 @@ def _digest(image: np.ndarray) -> bytes:
 
 
 def _image_ids(image: np.ndarray, count: int) -> list[int]:
-    """Negative numbers that stand for an image's visual tokens, so that equal beginnings are of equal images."""
+    """Negative numbers that stand for an image's visual tokens. Different images have different numbers."""
     number = int.from_bytes(_digest(image)[:7], "big")
     return [-1 - number * count - p for p in range(count)]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the beginning that two lists share."""
+    """The length of the common beginning of two lists."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter

@@ -1,4 +1,4 @@
-"""Prompts from a file of JSON Lines, and answers to another that a killed job goes on with."""
+"""Reads prompts from a JSON Lines file and appends answers to another. A job that was killed continues that file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and files are checked withou
     from lavin_ds.generation.assistant import Assistant
 
 KEYS = {"id", "prompt", "image"}
-SHOWN = 5  # problems told at a time
+SHOWN = 5  # problems shown in an error
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class PromptRecord:
 
 
 def read_prompts(path: Path) -> list[PromptRecord]:
-    """Records {"id", "prompt", "image"}. Without an id the line's number is one; images lie in the file's folder.
+    """Reads records {"id", "prompt", "image"}. The default id is the line's number; images are in the file's folder.
 
     Raises:
-        UserError: the first problems, each with its line: no JSON, unknown keys, an id twice, an image that is missing
-            or lies outside of the folder.
+        UserError: lines that are not JSON, unknown keys, repeated ids, images that are missing or outside the folder.
+            The error shows the first of these, each with its line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[PromptRecord]:
         if isinstance(record, str):
             wrong.append(f"line {number}: {record}")
         elif record.id in records:
-            wrong.append(f"line {number}: id {record.id} is on line {records[record.id].line} already")
+            wrong.append(f"line {number}: id {record.id} is already on line {records[record.id].line}")
         else:
             records[record.id] = record
     if wrong:
@@ -82,16 +82,16 @@ def _read(line: str, number: int, folder: Path) -> PromptRecord | str:
         return "has an image that is not a path"
     file = (folder / image).resolve()
     if not file.is_relative_to(folder.resolve()):
-        return f"has image {image}, which lies outside of {folder}"
+        return f"has image {image}, which is outside {folder}"
     if not file.is_file():
         return f"has image {image}, which does not exist"
     return PromptRecord(str(id), raw["prompt"], file, number)
 
 
 class AnswerFile:
-    """Lines {"id", "text", "finish", "tokens"}, appended as answers are complete.
+    """A file of lines {"id", "text", "finish", "tokens"}. A line is appended when an answer is complete.
 
-    `done` holds the ids that the file has already. A last line that a crash cut short is removed.
+    `done` holds the ids that the file already has. If a crash cut the last line short, it is removed.
     """
 
     def __init__(self, path: Path, records: Sequence[PromptRecord]):
@@ -110,9 +110,9 @@ class AnswerFile:
             try:
                 id = json.loads(line)["id"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"--out {path} holds something else than answers: give another file.") from None
+                raise UserError(f"--out {path} holds lines that are not answers: give another file.") from None
             if id not in known:
-                raise UserError(f"--out {path} has an answer to {id}, which --prompts lacks: give another file.")
+                raise UserError(f"--out {path} has an answer to {id}, which is not in --prompts: give another file.")
             self.done.add(id)
             whole += len(line)
         if whole < len(content):
@@ -128,10 +128,10 @@ class AnswerFile:
     def ask(
         self, assistant: Assistant, records: Sequence[PromptRecord], max_new_tokens: int, sampling: Sampling
     ) -> Iterator[Answer]:
-        """Answers, in the order in which they are complete. Pictures are read when it is their turn.
+        """Yields answers in the order in which they are complete. A picture is read when its prompt is next.
 
         Raises:
-            UserError: a picture that cannot be used or a prompt that is too long, with its line.
+            UserError: a picture cannot be used, or a prompt is too long. The error names the line.
         """
 
         def requests() -> Iterator[Request]:

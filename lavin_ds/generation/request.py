@@ -1,4 +1,4 @@
-"""What is asked of the generation engine, and what it gives back."""
+"""The requests and answers of the generation engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from lavin_ds.errors import UserError
 
-# eos: the model ended its answer. stop: a stop string came. length: max_new_tokens, or the slot is full.
+# eos: the model ended its answer. stop: a stop string appeared. length: max_new_tokens were generated, or the slot is
+# full.
 Finish = Literal["eos", "stop", "length", "cancelled"]
 
 
@@ -22,8 +23,8 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    top_p: float = 1.0  # the fewest likeliest tokens that hold this share of the probability
-    top_k: int = 0  # at most so many tokens; 0: all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens that hold this share of the probability
+    top_k: int = 0  # draw from at most this many tokens; 0: all
     seed: int = 0
 
     def __post_init__(self):
@@ -43,19 +44,19 @@ class Request:
     """One prompt and how to answer it.
 
     prompt_ids: the prompt's own tokens, without BOS and prefix, which the engine puts before them.
-    image: uint8 pixels [S, S, 3] as `data.images` makes them, cached features [rows, W] in float32, or None.
-    scored_ids: tokens whose log-probabilities after the prompt are wanted. They are read, not generated; what is
-        generated follows them.
+    image: uint8 pixels [S, S, 3] as `data.images` makes them, cached features [F, W] in float32, or None.
+    scored_ids: tokens whose log-probabilities after the prompt are wanted. They are read, not generated. Generated
+        tokens come after them.
     """
 
-    id: str  # also decides, with the seed, what is drawn in sampling
+    id: str  # seeds sampling, together with sampling.seed
     prompt_ids: np.ndarray
     image: np.ndarray | None = None
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
     scored_ids: np.ndarray | None = None
-    top_logprobs: int | None = None  # log-probability of each generated token, and of so many of the likeliest
+    top_logprobs: int | None = None  # also return log-probabilities of each token and of this many likeliest
 
     def __post_init__(self):
         if self.max_new_tokens < 0:
@@ -77,12 +78,12 @@ class Logprob:
 
 @dataclass
 class Answer:
-    """What has been generated for a request so far; complete once `finish` is set."""
+    """What has been generated for a request so far. It is complete when `finish` is set."""
 
     id: str
     prompt_tokens: int  # ids read before the answer: BOS, prefix, visual tokens, prompt, scored ids
     ids: list[int] = field(default_factory=list)  # without EOS
-    text: str = ""  # without the stop string, and without a character that is not whole yet
+    text: str = ""  # without the stop string, and without an incomplete character at the end
     logprobs: list[Logprob] = field(default_factory=list)  # of `ids`, and of EOS if it ended the answer
     scored_logprobs: list[float] = field(default_factory=list)  # of the request's scored_ids
     finish: Finish | None = None

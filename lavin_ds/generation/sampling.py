@@ -1,4 +1,4 @@
-"""Choosing the next token of many requests at once, each by its own settings and its own random numbers.
+"""Chooses the next token of many requests at once. Each request has its own settings and random numbers.
 
 Dimensions: B requests, V vocabulary.
 """
@@ -15,15 +15,15 @@ from lavin_ds.generation.request import Sampling
 
 
 def random_stream(seed: int, request_id: str) -> np.random.Generator:
-    """The random numbers of one request. Neither its neighbours nor its place in a batch change them."""
+    """The random numbers of one request. They do not depend on the batch."""
     return np.random.default_rng([seed, zlib.crc32(request_id.encode())])
 
 
 def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], uniform: Sequence[float]) -> torch.Tensor:
     """One id per request [B]; `uniform` has a number in [0, 1) for each.
 
-    The likeliest tokens are kept until top_p or top_k is reached, and `uniform` picks one of them by its share of
-    their probability: the same number picks the same token whatever else is in the batch.
+    The likeliest tokens are kept until top_p or top_k is reached. `uniform` picks one of them in proportion to its
+    probability, so the same number picks the same token in any batch.
     """
     greedy_B = logits_BV.argmax(-1)
     drawn = [b for b, setting in enumerate(settings) if setting.temperature > 0]
@@ -36,7 +36,7 @@ def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], uniform: Seque
     probability_BV = torch.softmax(logits_BV[row_B].float() / temperature_B[:, None], -1)
     probability_BV, order_BV = probability_BV.sort(descending=True, stable=True)
     cumulative_BV = probability_BV.cumsum(-1)
-    kept_B = (cumulative_BV - probability_BV < top_p_B[:, None]).sum(-1)  # the likeliest one always
+    kept_B = (cumulative_BV - probability_BV < top_p_B[:, None]).sum(-1)  # always 1 or more
     kept_B = torch.where(top_k_B > 0, torch.minimum(kept_B, top_k_B.long()), kept_B)
     mass_B = cumulative_BV.gather(1, kept_B[:, None] - 1)[:, 0]
     rank_B = (cumulative_BV <= (uniform_B * mass_B)[:, None]).sum(-1)

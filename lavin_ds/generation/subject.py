@@ -1,4 +1,4 @@
-"""The model that is asked: a run, an exported adapter, or a bare base. Found and checked, not loaded."""
+"""Finds the model to ask: a run, an exported adapter or a bare base. The files are checked, but not loaded."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Subject:
 
     @property
     def features_clip_sha256(self) -> str | None:
-        """Of the CLIP file whose cached features the adapters were trained on; None if on pixels, or unknown."""
+        """SHA-256 of the CLIP whose cached features the adapters were trained on; None for pixels, or if unknown."""
         known = self.adapter and record_file(self.adapter).is_file()
         return read_record(self.adapter).base.features_clip_sha256 if known else None
 
 
 def subject_of_run(run: Path, llama: Path | None, clip: Path | None, data: Path | None) -> Subject:
-    """The model of a finished run. Where a path is not given, the run's own counts.
+    """The model of a finished run. A path that is not given is the one that the run used.
 
     Raises:
-        UserError: `run` is no run directory, or is not finished.
+        UserError: `run` is not a run directory, or is not finished.
     """
     record = load_run(run)
     return Subject(
@@ -54,7 +54,7 @@ def subject_of_files(
     adapter: Path | None,
     data: Path | None,
 ) -> Subject:
-    """A base, alone or with an exported adapter, which knows its recipe.
+    """A base, alone or with an exported adapter. An adapter's record holds its recipe.
 
     Raises:
         UserError: something is missing, or recipe and adapter contradict each other.
@@ -66,7 +66,7 @@ def subject_of_files(
     elif not adapter.is_file():
         raise UserError(f"No adapter at {adapter}.")
     elif not record_file(adapter).is_file():
-        raise UserError(f"{record_file(adapter)} is missing, which holds the adapter's recipe: give --recipe.")
+        raise UserError(f"{record_file(adapter)}, the adapter's recipe, is missing: give --recipe.")
     elif overrides:
         raise UserError(f"{overrides[0]} changes a recipe: give --recipe too.")
     else:
@@ -75,7 +75,7 @@ def subject_of_files(
     if learns and not adapter:
         raise UserError(
             f"Recipe {config.name} has parameters that must be trained: give them with --adapter FILE, or give a "
-            "finished run with --run. A base alone is asked by a recipe without vision and adapters."
+            "finished run with --run. To ask a base alone, give a recipe without vision and adapters."
         )
     if adapter and not learns:
         raise UserError(f"Recipe {config.name} has no adapters: leave --adapter out or give the adapter's recipe.")
@@ -91,10 +91,10 @@ def find_subject(
     adapter: Path | None = None,
     data: Path | None = None,
 ) -> Subject:
-    """What the options of a command name: a run, or the files themselves.
+    """The model that a command's options name: a run, or the files themselves.
 
     Raises:
-        UserError: too much or too little is given; or as subject_of_run and subject_of_files.
+        UserError: too much or too little is given, or an error of subject_of_run or subject_of_files.
     """
     if not run:
         return subject_of_files(recipe, list(overrides), llama, clip, adapter, data)
@@ -104,10 +104,10 @@ def find_subject(
 
 
 def find_tokenizer(subject: Subject) -> Tokenizer:
-    """The tokenizer that the adapters were trained with: the shards' copy where these are still there, else the base's.
+    """The tokenizer that the adapters were trained with: the copy in the shards if they still exist, else the base's.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     if subject.data and subject.data.is_dir():
         entry = load_manifest(subject.data).tokenizer
@@ -116,4 +116,4 @@ def find_tokenizer(subject: Subject) -> Tokenizer:
         for folder in (subject.llama, subject.llama.parent):  # Meta's download has it one folder above
             if (folder / name).is_file():
                 return Tokenizer(folder / name)
-    raise UserError(f"There is no tokenizer.model or tokenizer.json in {subject.llama}: put the base's there.")
+    raise UserError(f"There is no tokenizer.model or tokenizer.json in {subject.llama}: copy the base's file there.")

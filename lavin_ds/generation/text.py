@@ -1,4 +1,4 @@
-"""From ids to text while an answer grows: whole characters only, and nothing of a stop string."""
+"""Decodes an answer while it grows, without incomplete characters and without stop strings."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ BROKEN = "\ufffd"  # what decoding gives for bytes that are not a whole characte
 
 
 class AnswerText:
-    """The text of an answer's ids. The whole answer is decoded each time: pieces alone lose spaces and characters."""
+    """The text of an answer's ids. All ids are decoded each time, because single ids lose spaces and characters."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, stop
 
     def whole(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of a finished answer, cut before the first stop string; and whether there was one."""
-        # A base's vocabulary may be padded beyond its tokenizer's: such ids have no text.
+        # A base's vocabulary may be larger than its tokenizer's. The extra ids have no text.
         text = self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
         ends = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 
     def growing(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """What is sure of the text of an answer that goes on; and whether a stop string ends it.
+        """The text of an unfinished answer, as far as it can no longer change; and whether a stop string ends it.
 
-        Held back: bytes that may become a character, and an end that may become a stop string.
+        Left out are bytes that may become a character, and an end that may become a stop string.
         """
         text, stopped = self.whole(ids)
         if stopped:
@@ -36,6 +36,6 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
+    """The length of the longest end of `text` that is also a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

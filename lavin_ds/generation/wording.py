@@ -1,4 +1,4 @@
-"""From what a person types to the prompt that an adapter was trained on."""
+"""Turns what a person types into a prompt like those that the adapter was trained on."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Exchange:
 
 
 class Wording:
-    """Words prompts as recipe `config` has them in training (data.prompt_format).
+    """Makes prompts as recipe `config` has them in training (data.prompt_format).
 
-    remembers: whether earlier turns are part of the prompt. Only recipes that train on whole conversations do that;
-        adapters of the others have never seen a second turn, and every question is asked alone.
+    remembers: whether earlier turns are part of the prompt. That is so if the recipe trains on whole conversations.
+        Adapters of other recipes have never seen a second turn, so each question is asked alone.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer):
@@ -47,18 +47,18 @@ class Wording:
         if self.format in SCIENCEQA_FORMATS:
             return "Trained on ScienceQA: ask a question with its choices, as in: Which is red? (A) the sky (B) a rose"
         if self.format == CAPTION:
-            return "Trained to describe pictures: give it one; what you type is not read."
+            return "Trained to describe pictures: give it one. What you type is ignored."
         if self.remembers:
             return "Trained on conversations: earlier turns are part of each question."
-        return "Trained on single instructions: each is asked alone, without what was said before."
+        return "Trained on single instructions: each is asked alone, without earlier turns."
 
     def prompt_ids(
         self, text: str, history: Sequence[Exchange], room: int, for_answer: int = 1
     ) -> tuple[list[int], int]:
-        """Ids of a prompt, and how many of the earlier turns it holds: the latest ones.
+        """Ids of a prompt, and the number of earlier turns in it. These are the latest ones.
 
-        room: tokens that prompt and answer may have together.
-        for_answer: tokens that earlier turns leave to the answer, or half of the room if that is less.
+        room: the most tokens of prompt and answer together.
+        for_answer: the tokens that earlier turns must leave for the answer; at most half of the room counts.
 
         Raises:
             UserError: the question leaves no room for an answer.
@@ -66,7 +66,7 @@ class Wording:
         asked_ids = self._asked(text)
         if len(asked_ids) >= room:
             raise UserError(
-                f"The question has {len(asked_ids)} tokens, and there is room for {room} with the answer: shorten it."
+                f"The question has {len(asked_ids)} tokens, but there is room for {room} with the answer: shorten it."
             )
         earlier: list[list[int]] = []
         for exchange in reversed(history if self.remembers else ()):

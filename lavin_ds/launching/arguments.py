@@ -22,19 +22,19 @@ def _never_or_auto(resume: str) -> str:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """What a run is started with. Each field is an option of the same name; `overrides` are the words after them."""
+    """The options of a run. Each field is an option of the same name; `overrides` are the KEY=VALUE arguments."""
 
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")]
     data: Annotated[Path, typer.Option(help="Shards that `lavin-ds prep` made.")]
     llama: Annotated[Path, typer.Option(help="Folder of the LLaMA, in Meta's or Hugging Face's layout.")]
-    out: Annotated[Path, typer.Option(help="Run directory to make.")]
+    out: Annotated[Path, typer.Option(help="Run directory to make, or to resume.")]
     clip: Annotated[Path | None, typer.Option(help="CLIP weights; not for text-only recipes.")] = None
     init_adapter: Annotated[Path | None, typer.Option(help="Exported adapter to start from, instead of a new one.")] = (
         None
     )
-    resume: Annotated[str, typer.Option(help="never, or auto: go on where --out stopped.", callback=_never_or_auto)] = (
-        "never"
-    )
+    resume: Annotated[
+        str, typer.Option(help="never, or auto: go on from the newest checkpoint in --out.", callback=_never_or_auto)
+    ] = "never"
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")] = (
         None
     )
@@ -45,7 +45,7 @@ class TrainArguments:
         return Inputs(**{key: path and path.absolute() for key, path in paths.items()})
 
     def words(self) -> list[str]:
-        """The command line of launch/train.py."""
+        """The same options as a command line for launch/train.py."""
         words = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -55,8 +55,10 @@ class TrainArguments:
 
 
 def takes_run_options(command: Callable, **defaults) -> Callable:
-    """Makes a typer command of `command(arguments: TrainArguments, **more)`: its options are the fields of
-    TrainArguments and then those of `more`. `defaults` replace the defaults of fields."""
+    """Makes a typer command from `command(arguments: TrainArguments, **more)`.
+
+    Its options are the fields of TrainArguments, followed by `more`. `defaults` override the defaults of fields.
+    """
     hints = get_type_hints(TrainArguments, include_extras=True)
     names = [field.name for field in fields(TrainArguments)]
 

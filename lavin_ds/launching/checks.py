@@ -1,4 +1,4 @@
-"""One line of the checklist that `lavin-ds validate` prints and `lavin-ds train` refuses by."""
+"""One check of a run. `lavin-ds validate` prints the checks; `lavin-ds train` does not start if one fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lavin_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Check:
-    """found: what is there, or what is wrong and what to do about it. warning: it passed by --force alone."""
+    """found: what the check found, or what is wrong and what to do. warning: it passed only because of --force."""
 
     name: str
     found: str
@@ -19,7 +19,7 @@ class Check:
 
 
 def refuse(checks: list[Check]) -> None:
-    """Raises UserError with the sentence of the check that failed, or a list if several did."""
+    """Raises UserError if a check failed, with its sentence, or with a list if several failed."""
     wrong = [check.found for check in checks if not check.passed]
     if len(wrong) == 1:
         raise UserError(wrong[0])

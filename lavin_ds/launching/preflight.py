@@ -1,8 +1,8 @@
-"""Everything about a run that can be checked in seconds, before any weight is read.
+"""All checks of a run that take only seconds. They run before any weight is read.
 
-`lavin-ds validate` prints the checks. `lavin-ds train` and every rank run them first and refuse to start if one fails.
-All checks run, so that a person reads every problem at once; a check is left out only if it needs a file that could not
-be read. Nothing here imports torch unless a file needs it (a .pth does), so most mistakes are reported within a second.
+`lavin-ds validate` prints the checks. `lavin-ds train` and every rank run them first, and do not start if one fails.
+All checks run, so that all problems are shown at once. A check is left out only if it needs a file that could not be
+read. torch is imported only if a file needs it (a .pth does), so most mistakes are reported within a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lavin_ds.weights.llama import check_llama
 
 
 def preflight(arguments: TrainArguments, ranks: int) -> RunConfig:
-    """Runs all checks.
+    """Runs all checks and returns the configuration.
 
     Raises:
         UserError: everything that is wrong, and what to do about it.
@@ -37,9 +37,9 @@ def preflight(arguments: TrainArguments, ranks: int) -> RunConfig:
 
 
 def run_checks(arguments: TrainArguments, count_ranks: Callable[[], int]) -> tuple[RunConfig | None, list[Check]]:
-    """Returns the configuration, None if it cannot be read, and the checks in the order in which they are shown.
+    """Returns the configuration (None if it cannot be read), and the checks in the order in which they are shown.
 
-    count_ranks may raise UserError. It is called after the recipe is read, since counting GPUs takes seconds.
+    count_ranks may raise UserError. It is called only after the recipe is read, because counting GPUs takes seconds.
     """
     checks: list[Check] = []
 
@@ -79,7 +79,7 @@ def _ranks(config: RunConfig, ranks: int) -> str:
     count = micro_batches(training.global_batch, replicas, training.micro_batch)
     return (
         f"{ranks} = {replicas} data parallel x {config.tensor_parallel} tensor parallel; a step is "
-        f"{training.global_batch} samples, {count} micro-batch{'es' * (count > 1)} a rank"
+        f"{training.global_batch} samples, {count} micro-batch{'es' * (count > 1)} per rank"
     )
 
 
@@ -88,9 +88,9 @@ def _data(arguments: TrainArguments, config: RunConfig) -> str:
     disagreements = check_manifest(reader.manifest, config)
     if disagreements:
         raise UserError(f"{arguments.data} was not prepared for this recipe: " + "; ".join(disagreements) + ".")
-    reader.visual_input(config.model.vision_source)  # refuses features that are damaged
+    reader.visual_input(config.model.vision_source)  # refuses damaged features
     if not len(reader.trainable):
-        raise UserError(f"{arguments.data}: no sample of split '{SPLIT}' has a label; see rejects.jsonl there for why.")
+        raise UserError(f"{arguments.data}: no sample of split '{SPLIT}' has a label; its rejects.jsonl says why.")
     steps = total_steps(len(reader.trainable), config.training.epochs, config.training.global_batch)
     return f"{len(reader.trainable):,} samples, {steps:,} steps in {config.training.epochs:g} epochs"
 
@@ -109,7 +109,7 @@ def _validation(arguments: TrainArguments, config: RunConfig) -> str:
 
 def _llama(arguments: TrainArguments, config: RunConfig) -> str:
     check_llama(arguments.llama, config.model.llm)
-    return f"{arguments.llama}: all tensors are there, their shapes are the recipe's"
+    return f"{arguments.llama}: has all tensors, with the recipe's shapes"
 
 
 def _vision(arguments: TrainArguments, config: RunConfig) -> str:
@@ -133,7 +133,7 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
         raise UserError(f"--out {out} is a file: give a folder.")
     place = nearest_folder(out)
     if not os.access(place, os.W_OK):
-        raise UserError(f"--out {out} cannot be made: {place} may not be written to. Give another --out.")
+        raise UserError(f"--out {out} cannot be made: {place} is not writable. Give another --out.")
     has_run = (out / "run.json").exists()
     check_free(out)
     if arguments.resume == "never" and out.exists() and any(path.name not in (LOCK, STOP) for path in out.iterdir()):
@@ -141,10 +141,10 @@ def _out(arguments: TrainArguments, config: RunConfig) -> str:
         raise UserError(f"--out {out} is not empty: {remedy}.")
     if arguments.resume == "auto" and has_run:
         check_same_run(arguments, config)
-        return f"{out}: goes on with the run that is there"
+        return f"{out}: goes on with this run"
     if any((out / CHECKPOINTS).glob("step-*")):
         raise UserError(
-            f"{out} has checkpoints but no run.json, which says what configuration and data they belong to: put it "
-            "back from a copy, or give another --out."
+            f"{out} has checkpoints but no run.json, which says what configuration and data they belong to: restore "
+            "run.json from a copy, or give another --out."
         )
     return f"{out}: new"

@@ -1,9 +1,9 @@
-"""Runs `deepspeed SCRIPT` and stays in charge of its processes.
+"""Runs `deepspeed SCRIPT` and makes sure that all of its processes end.
 
-DeepSpeed's launcher kills its ranks on a signal, and leaves them running when it is killed itself. So the whole launch
-is a session of its own: signals go to the ranks, which finish their step and save, and when the launcher has ended,
-whatever is left of the session is ended too. Ranks on other nodes get no signal: a file in the run directory asks them
-to stop.
+DeepSpeed's launcher kills its ranks when it gets a signal, and leaves them running when it is killed. Therefore a
+launch runs in a new session. Signals are forwarded to the ranks, which finish their step and save. When the launcher
+has ended, all remaining processes of the session are killed. Ranks on other nodes get no signal: a file in the run
+directory asks them to stop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
-    """Runs a launch in a session of its own and returns its exit code when all of its processes have ended.
+    """Runs a launch in a new session, and returns its exit code when all of its processes have ended.
 
-    stop_file: made to ask ranks on other nodes, which no signal reaches, to save and end.
+    stop_file: created to ask ranks on other nodes, which get no signal, to save and end.
     """
     if stop_file:
         stop_file.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def run_to_the_end(command: list[str], stop_file: Path | None = None) -> int:
             stop_file.parent.mkdir(parents=True, exist_ok=True)
             stop_file.touch()
         elif stop_file and not ranks and interrupts == 1:
-            launcher.terminate()  # DeepSpeed then ends the ranks on the other nodes, by name: those of other runs, too
+            launcher.terminate()  # DeepSpeed then kills the ranks on other nodes by name, also those of other runs
         elif interrupts or not ranks:  # a second Ctrl-C, or there is nothing to save yet
             os.killpg(launcher.pid, signal.SIGKILL)
         interrupts += number == signal.SIGINT
@@ -63,12 +63,12 @@ def _environment() -> dict[str, str]:
     if gpus():
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # --include replaces it, and DeepSpeed would warn about it
     else:
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # or every process warns that it found no GPU
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every process warns that it found no GPU
     return environment
 
 
 def _ranks(launcher_pid: int) -> list[psutil.Process]:
-    """The processes of a launch that run its script; its other processes only start and watch them."""
+    """The processes of a launch that run its script. The other processes only start and watch them."""
     ranks = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(launcher_pid).children(recursive=True):

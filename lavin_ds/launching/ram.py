@@ -1,7 +1,7 @@
-"""RAM that this process may still take: what the machine has free, or what is left of its control group's limit.
+"""RAM that this process may still use: the machine's free RAM, or what its control group's limit leaves if less.
 
-Slurm, Kubernetes and containers give a job a share of a node by a control group (cgroup), and kill it without a word
-when it takes more. The machine's own figures do not know of it.
+Slurm, Kubernetes and containers limit a job's share of a node by a control group (cgroup), and kill the job without a
+message if it uses more. The machine's own figures do not include that limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import psutil
 
 @dataclass(frozen=True)
 class _Files:
-    """Names of a memory group's files; the page cache that `cache` counts is given back on demand."""
+    """File names of a memory group. `cache` counts page cache, which the kernel frees on demand."""
 
     limit: str
     usage: str
@@ -28,14 +28,14 @@ VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
 def free_ram(root: Path = Path("/")) -> int:
-    """Bytes. `root` holds proc/ and sys/."""
+    """Free RAM in bytes. `root` is the folder that holds proc/ and sys/."""
     return min([psutil.virtual_memory().available, *_left_in_groups(root)])
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Of the process's memory group and of every group around it, where it has a limit."""
+    """Bytes left in the process's memory group, and in every group around it that has a limit."""
     for files, folder in _groups(root):
-        with suppress(OSError, ValueError, KeyError):  # no limit is "max", and the outermost group has no files
+        with suppress(OSError, ValueError, KeyError):  # "max" means no limit; the outermost group has no such files
             limit, usage = (int((folder / name).read_text(encoding="ascii")) for name in (files.limit, files.usage))
             stat = (folder / "memory.stat").read_text(encoding="ascii").split()
             cache = int(dict(zip(stat[::2], stat[1::2], strict=True))[files.cache])
@@ -43,9 +43,9 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[tuple[_Files, Path]]:
-    """cgroups(7): a line `0::/PATH` for version 2, `N:memory:/PATH` for version 1.
+    """The folders of the process's memory groups. cgroups(7): `0::/PATH` is version 2, `N:memory:/PATH` version 1.
 
-    A container may be told a path of its host's, which it cannot see: the folders that do exist are looked at.
+    In a container the path may be the host's, of which only some folders exist. The caller skips the others.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""What a rank does around the training: checks, error messages, exit codes, and ending with its launcher.
+"""What a rank does besides training: checks, error messages, exit codes, and ending when its launcher ends.
 
-torch is imported late: it takes seconds, and before that a rank already watches its launcher and has run the checks.
+torch is imported late, because that takes seconds. Before, the rank already watches its launcher and runs the checks.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LAUNCHER_PID = "LAVIN_DS_LAUNCHER_PID"  # set by launching/process.py
 LAUNCHER = re.compile(r"(^|/)deepspeed$|^deepspeed\.launcher\.\w+$|/deepspeed/launcher/\w+\.py$")
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5  # the launcher has this long to end the other ranks after one has failed
-STOP_SECONDS = 30  # a rank has this long to finish its step and save; DeepSpeed's launcher waits as long
+STOP_SECONDS = 30  # a rank has this long to finish its step and save; DeepSpeed's launcher waits this long, too
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "tcpstore")
 
 
 def run(arguments: TrainArguments) -> int:
-    """Trains on this rank; returns its exit code.
+    """Trains on this rank and returns its exit code.
 
-    Errors go to stderr, the cause before its consequences: a rank that only lost its peer first waits for the launcher
-    to end it, and prints nothing if that happens.
+    Errors go to stderr. A rank that only lost its peer first waits for the launcher to end it, and then prints nothing,
+    so the cause is not hidden among its consequences.
     """
     rank = os.environ.get("RANK", "0")
-    # Before the slow imports, so that a signal that comes during them is not lost.
+    # Created before the slow imports, so that a signal during them is not lost.
     stop = StopSignal(arguments.out / STOP if rank == "0" else None)
     watch_launchers(stop)
     try:
@@ -49,7 +49,7 @@ def run(arguments: TrainArguments) -> int:
         return _train(arguments, config, stop)
     except UserError as error:
         if rank != "0":
-            _wait(stop)  # rank 0 usually prints the same error, and the launcher then ends this rank
+            _wait(stop)  # rank 0 usually prints the same error, and then the launcher ends this rank
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -77,7 +77,7 @@ def _train(arguments: TrainArguments, config: RunConfig, stop: StopSignal) -> in
 
 
 def _wait(stop: StopSignal) -> None:
-    """Waits for the launcher to end this rank, and then ends it silently; returns if that does not happen."""
+    """Waits until the launcher ends this rank, and then exits silently. Returns if the launcher does not end it."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:
         if stop.received:
@@ -86,21 +86,23 @@ def _wait(stop: StopSignal) -> None:
 
 
 def end(code: int) -> None:
-    """Ends the process at once. After a failure, destroying the process groups may hang."""
+    """Ends the process at once, because destroying the process groups may hang after a failure."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def watch_launchers(stop: StopSignal | None = None) -> None:
-    """Starts a thread that ends this process when a process that started it is gone: DeepSpeed's two launchers and
-    `lavin-ds train`. If they are killed they cannot end their ranks, which would go on training unnoticed.
+    """Starts a thread that ends this process when one of the processes that started it is gone.
 
-    Two special cases. `deepspeed` dies at once of the signals that stop a run, so a rank whose launcher is gone may
-    have been meant to stop: it saves first. And a rank that gets SIGTERM because another rank failed is killed: it
-    waits for that rank in a collective, and the launcher would wait 30 seconds for it.
+    These are DeepSpeed's two launchers and `lavin-ds train`. If they are killed, they cannot end their ranks, which
+    would go on training unnoticed.
 
-    A thread is used and not PR_SET_PDEATHSIG, which watches only the parent and exists only on Linux.
+    There are two special cases. `deepspeed` dies at once from the signals that stop a run. So if the launcher is gone,
+    it may have been a request to stop, and the rank saves first. And a rank that gets SIGTERM because another rank
+    failed is killed: it waits for that rank in a collective, and the launcher would wait 30 seconds for it.
+
+    PR_SET_PDEATHSIG would not do: it watches only the parent, and exists only on Linux.
     """
     launchers = _launchers()
     if launchers:
@@ -108,7 +110,7 @@ def watch_launchers(stop: StopSignal | None = None) -> None:
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Whether a command line is one of DeepSpeed's launchers; a shell or editor that names it is not."""
+    """Whether a command line runs one of DeepSpeed's launchers, and does not only mention it, as an editor may."""
     return any(LAUNCHER.search(word) for word in command[:5])
 
 
@@ -132,13 +134,13 @@ def _watch(launchers: list[psutil.Process], stop: StopSignal | None) -> None:
     while all(_is_alive(process) for process in launchers):
         sleep(WATCH_SECONDS)
         if stop and stop.received and not stop.over and _has_lost_a_rank(launchers[0]):
-            time.sleep(1)  # after a stop that was saved, one rank may just have ended sooner
+            time.sleep(1)  # after a saved stop, one rank may just have ended a little earlier
             if not stop.over:
                 os.kill(os.getpid(), signal.SIGKILL)
     if not (stop and stop.received) and os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: the process that started this training is gone: ending it", file=sys.stderr, flush=True)
-    # `lavin-ds train` passes signals on: if it is gone and no signal came, it was killed. A bare `deepspeed` may have
-    # died of a signal that it did not pass on, so its ranks save before they end.
+    # `lavin-ds train` forwards signals, so if it is gone and no signal came, it was killed. A bare `deepspeed` may have
+    # died from a signal that it did not forward, so its ranks save before they end.
     if stop and stop.heeded and (stop.received or LAUNCHER_PID not in os.environ):
         stop.received = stop.received or signal.SIGTERM
         time.sleep(STOP_SECONDS)
@@ -146,8 +148,8 @@ def _watch(launchers: list[psutil.Process], stop: StopSignal | None) -> None:
 
 
 def _has_lost_a_rank(launcher: psutil.Process) -> bool:
-    """Whether DeepSpeed's launcher has fewer ranks left than it started."""
-    script = psutil.Process().cmdline()[:3]  # the launcher has other, short-lived children too
+    """Whether fewer ranks of DeepSpeed's launcher are alive than it started."""
+    script = psutil.Process().cmdline()[:3]  # the launcher also has other, short-lived children
     with suppress(psutil.NoSuchProcess):
         below = launcher.children(recursive=True)
         ranks = [process for process in below if _is_alive(process) and process.cmdline()[:3] == script]

@@ -1,4 +1,4 @@
-"""What a run takes of this machine's disk and memory, beside what is free."""
+"""Compares the disk space and memory that a run needs with what this machine has free."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lavin_ds.machine import gpus
 
 
 def disk_check(out: Path, config: RunConfig) -> Check:
-    """Room on the disk of --out: for the checkpoints that are kept, the one being written, the best one, and twice the
-    adapters.
+    """Checks the disk space of --out: the kept checkpoints, the one being written, the best one, and two adapter files.
 
-    It builds the model without memory to count it. A process without process groups becomes a world of one by that.
+    It builds the model on the meta device to count its parameters. This makes a process without process groups a world
+    of one.
     """
     from lavin_ds.models.counting import count_parameters
 
@@ -32,7 +32,7 @@ def disk_check(out: Path, config: RunConfig) -> Check:
     if free < needed:
         return Check(
             "disk space",
-            f"--out {out}: it needs {said}. Free space, give another --out, or lower training.keep_checkpoints.",
+            f"--out {out} needs {said}. Free space, give another --out, or lower training.keep_checkpoints.",
             passed=False,
         )
     return Check("disk space", said, passed=True)
@@ -43,11 +43,11 @@ def _size(bytes: int) -> str:
 
 
 def memory_check(config: RunConfig, ranks: int, local_ranks: int, force: bool = False) -> Check:
-    """Compares the simulated peak of one rank with the memory that is free for it here. Takes 2 to 30 seconds.
+    """Compares the simulated peak memory of one rank with the memory that is free for it. Takes 2 to 30 seconds.
 
     On a GPU, OVERHEAD is added for what the simulation does not count: CUDA context, workspaces, fragmentation. On a
-    CPU the ranks share the free RAM. With `force` a run that does not fit passes with a warning. Only for the process
-    that starts ranks: it makes this process a world of one.
+    CPU the ranks share the free RAM. With `force` a run that does not fit passes with a warning. Call it only in the
+    process that starts the ranks, because it makes its process a world of one.
     """
     from lavin_ds.models.counting import count_parameters
     from lavin_ds.profiling.simulation import simulate
@@ -72,21 +72,24 @@ def memory_check(config: RunConfig, ranks: int, local_ranks: int, force: bool = 
         return Check("memory", f"{said}, and --force was given", passed=True, warning=True)
     remedy = (
         "Lower training.micro_batch or data.max_length, set training.activation_checkpointing=true, or use more or "
-        "larger devices. To start all the same, give --force."
+        "larger devices. To start anyway, give --force."
     )
     if not on_gpu:
-        remedy += f" If its GPUs are elsewhere: `lavin-ds profile --recipe RECIPE --gpus {ranks} --device a100-80g`."
+        remedy += (
+            " To simulate the GPUs of another machine: "
+            f"`lavin-ds profile --recipe RECIPE --gpus {ranks} --device a100-80g`."
+        )
     return Check("memory", f"Memory: {said}. {remedy}", passed=False)
 
 
 def free_gpu_memory() -> list[int]:
-    """Bytes that are free on each GPU that torch may use.
+    """Free bytes on each GPU that torch may use.
 
-    A process of its own asks, since asking makes a CUDA context that stays on each GPU until the process ends. That
-    context, some 0.4 GB, counts as used in the answer.
+    A subprocess asks, because asking creates a CUDA context on each GPU, which stays until the process ends. The
+    context, about 0.4 GB, counts as used in the answer.
 
     Raises:
-        UserError: torch cannot use a GPU, as when its memory is full.
+        UserError: torch cannot use a GPU, for example because its memory is full.
     """
     program = (
         "import json, torch\n"

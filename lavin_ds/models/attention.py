@@ -20,17 +20,17 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from lavin_ds.models.cache import Reads
 
-# window_size: any key on the left, none on the right. The last query of a sequence lines up with its last key.
+# window_size: all keys on the left, none on the right. The last query of a sequence is aligned with its last key.
 CAUSAL = (-1, 0)
 
 
 def packed_attention(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, lengths: tuple[int, ...], cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Causal attention within each sample, none of which sees another; [N, H, K].
+    """Causal attention within each of several samples that lie end to end: [N, H, K].
 
-    cu_seqlens: int32 [B + 1] on the tensors' device, where each sample begins and the last one ends; `lengths` says
-    the same to the host, which would have to wait for a number on a GPU.
+    cu_seqlens: the start of each sample and the end of the last one, int32 [B + 1] on the device. `lengths` has the
+    same information on the host, which would have to wait for the device to read it there.
     """
     if takes_one_call(q_NHK):
         longest = max(lengths)
@@ -43,10 +43,10 @@ def packed_attention(
 
 
 def cached_attention(q_NHK: torch.Tensor, k_GSCK: torch.Tensor, v_GSCK: torch.Tensor, reads: Reads) -> torch.Tensor:
-    """Each token attends to its sequence up to itself; [N, H, K]. The cache holds the tokens' own keys already."""
+    """Causal attention of each token to its sequence in the cache, which holds its own key already: [N, H, K]."""
     if takes_one_call(q_NHK):
-        # All slots are one row of keys. A sequence's keys are the first of those between its slot and the next one's.
-        # Not by block_table: pages must be multiples of 256 tokens, and splits go wrong (pytorch#194167).
+        # One row has the keys of all R = S * C places. A sequence uses the first ones after the start of its slot.
+        # A block_table would need pages of a multiple of 256 tokens, and is wrong if keys are split (pytorch#194167).
         k_RGK, v_RGK = (x_GSCK.flatten(1, 2).transpose(0, 1) for x_GSCK in (k_GSCK, v_GSCK))
         return varlen_attn()(
             q_NHK,
@@ -65,7 +65,7 @@ def cached_attention(q_NHK: torch.Tensor, k_GSCK: torch.Tensor, v_GSCK: torch.Te
 
 
 def takes_one_call(q_NHK: torch.Tensor) -> bool:
-    """Whether `varlen_attn` takes such queries: half precision, on a GPU from Ampere on, with heads that it knows."""
+    """Whether the kernel accepts the queries: half precision, a GPU from Ampere on, and a head width that it has."""
     head_dim = q_NHK.shape[-1]
     return (
         q_NHK.is_cuda
@@ -79,21 +79,21 @@ def takes_one_call(q_NHK: torch.Tensor) -> bool:
 
 @cache
 def varlen_attn() -> Callable[..., torch.Tensor] | None:
-    """torch's function, where it has `seqused_k` (documented from torch 2.12 on); None: an older torch."""
+    """torch's function, or None if it has no `seqused_k` (documented from torch 2.12 on)."""
     from torch.nn.attention.varlen import varlen_attn as call  # imports torch._dynamo, which takes seconds
 
     return call if "seqused_k" in inspect.signature(call).parameters else None
 
 
 def _attend(q_THK: torch.Tensor, k_GSK: torch.Tensor, v_GSK: torch.Tensor) -> torch.Tensor:
-    """Attention of the last T of a sequence's S tokens: token t sees the first S - T + t + 1."""
+    """Attention of the last T tokens of a sequence of S: query t sees the first S - T + t + 1 tokens."""
     T, H, K = q_THK.shape
     G, S, _ = k_GSK.shape
     if T == 1:
-        # The H / G query heads that share a key head are the rows of one product with it.
+        # The H / G query heads that share a key head become the query rows of that head.
         out = F.scaled_dot_product_attention(q_THK.view(1, G, H // G, K), k_GSK[None], v_GSK[None])
         return out.view(1, H, K)
-    # is_causal lines up the first query with the first key, which is right only where all S are queries.
+    # is_causal aligns the first query with the first key, which is right only if T == S.
     mask_TS = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q_THK.device).tril(S - T)
     out = F.scaled_dot_product_attention(
         q_THK.transpose(0, 1)[None],

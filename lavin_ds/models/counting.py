@@ -1,4 +1,4 @@
-"""Exact counts of parameters and of the bytes they take on disk, from the model itself built without memory."""
+"""Exact counts of parameters and of their bytes on disk. They are taken from the model, built on the meta device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lavin_ds.config import RunConfig
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.meta import build_on_meta
 
-FP32 = 4  # bytes; trainable parameters are fp32 whatever the base is stored in
-MOMENTS = 2  # AdamW's, fp32
+FP32 = 4  # bytes; trainable parameters are always fp32
+MOMENTS = 2  # per parameter, of AdamW, fp32
 
-# Component -> where its trainable parameters live in the model.
+# Component -> prefix of the names of its trainable parameters.
 TRAINABLE_OWNERS = {
     "llm_adapters": "llm.",
     "vision_adapters": "vision.",
@@ -26,29 +26,29 @@ TRAINABLE_OWNERS = {
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters, and bytes. `frozen` covers only what training loads: no ViT head, no text tower."""
+    """Numbers of parameters, and bytes. `frozen` counts only what training loads: no ViT head, no text tower."""
 
     trainable: int
-    components: dict[str, int]  # of the trainable ones; keys of TRAINABLE_OWNERS
+    components: dict[str, int]  # trainable parameters by component; keys of TRAINABLE_OWNERS
     frozen: dict[str, int]  # llm, vision
     frozen_bytes: dict[str, int]
     adapter_file_bytes: int  # safetensors, fp32
-    checkpoint_bytes: int  # tensors to resume from: trainables and AdamW's two moments, fp32
+    checkpoint_bytes: int  # trainable parameters and AdamW's two moments, fp32
 
     def as_dict(self) -> dict:
         return asdict(self)
 
     def loaded_frozen_bytes(self, tensor_parallel: int) -> int:
-        """Of the frozen weights that a rank loads: its slice of the LLaMA, and the whole ViT."""
+        """Bytes of the frozen weights that a rank loads: its slice of the LLaMA, and the whole ViT."""
         return self.frozen_bytes["llm"] // tensor_parallel + self.frozen_bytes["vision"]
 
     def loaded_bytes(self, tensor_parallel: int) -> int:
-        """Of a rank's whole model, which is all on its device before ZeRO-3 divides it."""
+        """Bytes of a rank's whole model, as it lies on its device before ZeRO-3 shards it."""
         return self.loaded_frozen_bytes(tensor_parallel) + FP32 * self.trainable
 
 
 def count_parameters(config: RunConfig) -> ParameterCount:
-    """Counts the parameters of a recipe's model. Takes 0.3 s at 13B and no memory to speak of."""
+    """Counts the parameters of a recipe's model. Takes 0.3 s at 13B, and almost no memory."""
     model = build_on_meta(config)
     trainable = model.trainable()
     components = {
@@ -80,9 +80,10 @@ def _frozen(model: Lavin) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def safetensors_bytes(parameters: dict[str, nn.Parameter]) -> int:
-    """Size of a safetensors file of these tensors in fp32, without metadata of its own.
+    """Size of a safetensors file that holds these tensors in fp32, without metadata.
 
-    8 bytes of length, a JSON header padded to a multiple of 8, then the data, both in the order of the names.
+    The file is 8 bytes of header length, a JSON header padded to a multiple of 8, and the data. Header and data are in
+    the order of the names.
     """
     header, position = {}, 0
     for name, parameter in sorted(parameters.items()):

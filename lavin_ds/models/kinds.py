@@ -1,4 +1,4 @@
-"""What a registry of models/ holds: where a kind's class is, and what a recipe may say of it. Imports no torch."""
+"""An entry of the adapter and neck registries: a kind's class and the options a recipe may give. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pydantic import BaseModel, ValidationError
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind by its class and its own keys, which a recipe gives under `options`."""
+    """The class of a kind, and the keys that a recipe may set under `options`."""
 
-    where: str | type  # the class, or "module:Class": imported when a model is built
-    options: type[BaseModel] | None = None  # what the kind's own keys may be; None: it has none
+    where: str | type  # the class, or "module:Class", which is imported when a model is built
+    options: type[BaseModel] | None = None  # a pydantic model of the kind's options; None if it has none
 
     def load(self) -> type:
         """The class."""
         return resolve_name(self.where) if isinstance(self.where, str) else self.where
 
     def wrong_options(self, name: str, options: Mapping[str, object]) -> list[str]:
-        """What is wrong with the options given to the kind called `name`."""
+        """What is wrong with these options of the kind called `name`; empty if nothing is."""
         if self.options is None:
             return [f"kind {name} has no options, but {key} is given" for key in options]
         try:

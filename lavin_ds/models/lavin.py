@@ -1,8 +1,8 @@
 """LaVIN: a frozen LLaMA and a frozen CLIP ViT, joined by a visual neck and adapters (paper 1, section 3.2).
 
-Dimensions: B samples, I of them with an image, T tokens, D model width, P visual tokens, F rows that the ViT hands out
-for an image, V vocabulary. Of a packed batch, ids and hidden states
-are [1, T] and [1, T, D] with all samples in the one row; what says _B still has an entry a sample.
+Dimensions: B samples, I samples with an image, T tokens, D model width, P visual tokens per image, F rows that the ViT
+returns per image, V vocabulary. In a packed batch all samples lie in one row: ids and hidden states are [1, T] and
+[1, T, D], while tensors with suffix _B still have one entry per sample.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lavin_ds.models.vision import VisionTower
 
 
 class Lavin(nn.Module):
-    """Z = [t_m, X', Y] for text and image, [t_m, Y] for text only (paper 1, eq. 7), through the LLM.
+    """Runs Z = [t_m, X', Y] (text and image) or [t_m, Y] (text only) through the LLM (paper 1, eq. 7).
 
-    Built with its frozen weights uninitialised (lavin_ds.weights loads them) and its trainable ones absent
-    of values until `reset_trainable` or a load.
+    A new model is uninitialised: lavin_ds.weights loads the frozen weights, and `reset_trainable` or a load fills the
+    trainable ones.
     """
 
     def __init__(self, config: ModelConfig, compat: bool = False, activation_checkpointing: Checkpointing = False):
@@ -36,8 +36,8 @@ class Lavin(nn.Module):
         super().__init__()
         self.config = config
         self.compat = compat
-        # The authors' behaviour where it changes numbers (reference.md, section 11), one switch a point; the
-        # pixels' mean and deviation are the third, in VisionTower.
+        # The authors' behaviour where it changes numbers (reference.md, section 11), one switch per point. The third
+        # switch, mean and deviation of the pixels, is in VisionTower.
         self.batch_routed_vision = compat
         self.shifted_decoding = compat
         storage = STORAGES[config.frozen_dtype]
@@ -56,25 +56,25 @@ class Lavin(nn.Module):
             parameter.requires_grad_(id(parameter) in trainable)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name: adapters, neck and E_m."""
+        """The trainable parameters, by name: adapters, neck and E_m."""
         return trainable_parameters(self)
 
     def reset_trainable(self, seed: int) -> None:
-        """Initialises every trainable module from (seed, its name), so that no order of building matters."""
+        """Initialises every trainable module from (seed, its name), so the values do not depend on the build order."""
         for owner, module in self.named_modules():
             if isinstance(module, Trainable):
-                # One checksum of both: torch's CPU generator looks at the low 32 bits of its seed alone.
+                # One checksum of both, because torch's CPU generator uses only the low 32 bits of its seed.
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {owner}".encode()))
                 with torch.no_grad():
                     module.reset(generator)
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token embeddings [B, T, D] with the visual tokens in their places, and the modality [B] (1: image)."""
+        """Token embeddings [B, T, D] with the visual tokens inserted, and the modality [B] (1: image, 0: text)."""
         x_BTD = self.llm.embed(batch.ids_BT)
         if self.neck is None:
             return x_BTD, torch.zeros_like(batch.image_B)
-        # A batch without images goes through here too, with no rows: on every rank every trainable module
-        # takes part in every step, or ZeRO's collectives would wait for it for ever.
+        # A batch without images runs this too, with zero rows: ZeRO's collectives would hang if a trainable module
+        # took no part in a step on some rank.
         visual_IPD = self.neck(self._features(batch)).to(x_BTD.dtype)
         slot_IP = batch.visual_I[:, None] + torch.arange(visual_IPD.shape[1], device=x_BTD.device)
         x_ND = x_BTD.flatten(0, 1).clone()
@@ -82,7 +82,7 @@ class Lavin(nn.Module):
         return x_ND.view_as(x_BTD), (batch.image_B >= 0).long()
 
     def _features(self, batch: Batch) -> torch.Tensor:
-        """The ViT's rows of every sample with an image, [I, F, vision width]."""
+        """The rows that the ViT returns for every sample with an image, [I, F, vision width]."""
         image_I = batch.image_B[batch.illustrated_I]
         if self.vision is None:
             features_NFW = batch.features_NFW
@@ -95,7 +95,7 @@ class Lavin(nn.Module):
             size = self.config.vision.image_size
             images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=batch.ids_BT.device)
         if self.batch_routed_vision:
-            # The authors send a zero image of every text-only sample through the ViT, where it may route others.
+            # The authors run a zero image through the ViT for every text-only sample. It may route the other images.
             pixels = self.vision.pixels(images)
             everyone = pixels.new_zeros(len(batch.image_B), *pixels.shape[1:])
             everyone[batch.illustrated_I] = pixels[image_I]
@@ -117,9 +117,10 @@ class Lavin(nn.Module):
     def forward(
         self, batch: Batch, probe_B: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int] | tuple[torch.Tensor, int, torch.Tensor]:
-        """Sum of the labelled tokens' cross-entropies (fp32 scalar), and how many there are (paper 1, eq. 5).
+        """Sum of the labelled tokens' cross-entropies (fp32 scalar), and their number (paper 1, eq. 5).
 
-        With probe_B, an index among all B * T of ids_BT a sample, also the logits [B, V] that predict those tokens.
+        probe_B: one index per sample into the flattened ids_BT. If given, the logits [B, V] that predict these tokens
+        are returned, too.
         """
         h_ND = self.hidden(batch).flatten(0, 1)
         loss_sum = self.llm.token_loss(h_ND.index_select(0, batch.predicting_L), batch.target_L)
@@ -130,16 +131,16 @@ class Lavin(nn.Module):
 
     @property
     def sees(self) -> bool:
-        """Whether images are read; else every sample is text."""
+        """Whether the model reads images."""
         return self.neck is not None
 
     @property
     def visual_count(self) -> int:
-        """P, the number of visual tokens of an image."""
+        """P, the number of visual tokens per image."""
         return self.config.visual_tokens
 
     def visual_tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Visual tokens [N, P, D] of images: uint8 pixels [N, S, S, 3], or features where these are cached."""
+        """Visual tokens [N, P, D] of images: uint8 pixels [N, S, S, 3], or features if the recipe uses cached ones."""
         return self.neck(images if self.vision is None else self.vision(images))
 
     def read(
@@ -151,10 +152,10 @@ class Lavin(nn.Module):
         visual_ND: torch.Tensor | None = None,
         positions_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [N, D] of tokens that go on from a cache, which holds them afterwards.
+        """Hidden states [N, D] of tokens that continue the sequences in a cache. The tokens are appended to the cache.
 
-        modality_B: 1 for each sequence with an image, else 0. visual_row: which of the ids are visual tokens, whose
-        embeddings are visual_ND. positions_N: RoPE positions, where they are not those of training.
+        modality_B: 1 for a sequence with an image, else 0. visual_row: indices of the visual tokens among the ids;
+        visual_ND are their embeddings. positions_N: RoPE positions, if they differ from those of training.
         """
         x_ND = self.llm.embed(ids_N)
         if visual_ND is not None:

@@ -1,10 +1,10 @@
 """Frozen linear layers: how a weight is stored, sliced over tensor-parallel ranks, filled and multiplied.
 
-Dimensions: I input features, O output features. A weight is [O, I]. Inside a tensor-parallel rank I or O is that
-rank's share.
+Dimensions: I input features, O output features. A weight is [O, I]. On a tensor-parallel rank, I or O is the rank's
+share.
 
-A `Storage` says how a weight lies in memory; a layer says what is multiplied and which part of it this rank holds.
-A new way to store weights is a subclass of Storage and an entry in STORAGES.
+A `Storage` defines how a weight is stored in memory. A layer defines what is multiplied, and which part of the weight
+this rank holds. A new way to store weights is a subclass of Storage and an entry in STORAGES.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Shape = tuple[int, ...]
 
 
 class Storage:
-    """How frozen weights lie in memory, and the dtype that they are multiplied in. One instance serves all layers.
+    """How frozen weights are stored, and the dtype of their products. All layers share one instance.
 
-    The stored tensors become parameters of their layer, because ZeRO-3 shards, gathers and counts parameters alone.
+    The stored tensors become parameters of their layer, because ZeRO-3 shards, gathers and counts only parameters.
     """
 
     def __init__(self, dtype: torch.dtype):
-        """dtype: of the product; also of biases, norms and embeddings, which are always stored as they are."""
+        """dtype: of the products, and of biases, norms and embeddings, which are never encoded."""
         self.dtype = dtype
 
     def empty(self, shape: Shape) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors that can store a weight of `shape`, by name."""
+        """Uninitialised tensors for a weight of `shape`, by name."""
         raise NotImplementedError
 
     def encode(self, weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stored tensors, by name, of a weight in fp32. Each tensor-parallel rank encodes its own part."""
+        """Encodes an fp32 weight; returns the stored tensors by name. A tensor-parallel rank encodes its own part."""
         raise NotImplementedError
 
     def decode(self, shape: Shape, **stored: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Storage:
         raise NotImplementedError
 
     def fill(self, shape: Shape, stored: dict[str, torch.Tensor], read: Callable[[torch.Tensor], None]) -> None:
-        """Stores the weight that `read` copies into a tensor of `shape`. Holds one such tensor, on their device."""
+        """Stores the weight that `read` copies into a tensor of `shape`. Needs one fp32 copy on the weight's device."""
         device = next(iter(stored.values())).device
         weight_OI = torch.empty(shape, dtype=torch.float32, device=device)
         read(weight_OI)
@@ -59,7 +59,7 @@ class Storage:
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """x W^T. The weight is decoded for the product and again for the gradient of x, and not kept between them."""
+    """x W^T. The weight is decoded in forward and again in backward, and not kept in between."""
 
     @staticmethod
     def forward(ctx, x, storage, shape, names, *tensors):
@@ -74,13 +74,13 @@ class _DecodedLinear(torch.autograd.Function):
 
 
 class Dense(Storage):
-    """The weight as it is, in the dtype of the product."""
+    """The plain weight, in the dtype of the product."""
 
     def empty(self, shape):
         return {"weight": torch.empty(shape, dtype=self.dtype)}
 
     def fill(self, shape, stored, read):
-        read(stored["weight"])  # straight into its place
+        read(stored["weight"])  # without an fp32 copy
 
     def multiply(self, x, shape, stored, bias):
         return F.linear(x, stored["weight"], bias)
@@ -95,7 +95,7 @@ STORAGES: dict[str, Storage] = {
 
 
 class _StoredWeight(nn.Module):
-    """What frozen linear layers share: a weight in some storage."""
+    """Base of the frozen linear layers: a weight in some storage."""
 
     def _store(self, storage: Storage, shape: Shape) -> None:
         self.storage, self.shape = storage, shape
@@ -106,7 +106,7 @@ class _StoredWeight(nn.Module):
 
     def stored(self) -> dict[str, nn.Parameter]:
         """The tensors that store the weight, by name."""
-        # Looked up at every use: tools replace parameters, as nn.Module.to may.
+        # Looked up at every use, because parameters may be replaced, for example by nn.Module.to.
         return {name: getattr(self, name) for name in self._stored_names}
 
     @torch.no_grad()
@@ -131,12 +131,12 @@ class FrozenLinear(_StoredWeight):
 
 
 def leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
-    """fairscale's `init_method` for weights that are loaded: drawing numbers first would cost minutes."""
+    """An `init_method` for fairscale that does nothing: drawing values that are then overwritten would take minutes."""
     return weight
 
 
 class FrozenColumnLinear(_StoredWeight, ColumnParallelLinear):
-    """y = x W^T. A rank holds some of W's rows: x is whole, and y is this rank's part of the output features."""
+    """y = x W^T, where a rank holds some rows of W. x is whole; y is the rank's part of the output features."""
 
     def __init__(self, inputs: int, outputs: int, storage: Storage):
         super().__init__(inputs, outputs, bias=False, gather_output=False, init_method=leave_uninitialised)
@@ -148,7 +148,7 @@ class FrozenColumnLinear(_StoredWeight, ColumnParallelLinear):
 
 
 class FrozenRowLinear(_StoredWeight, RowParallelLinear):
-    """y = x W^T. A rank holds some of W's columns: x is its part of the input features, and y is summed over ranks."""
+    """y = x W^T, where a rank holds some columns of W. x is the rank's part of the input features; y is whole."""
 
     def __init__(self, inputs: int, outputs: int, storage: Storage):
         super().__init__(inputs, outputs, bias=False, input_is_parallel=True, init_method=leave_uninitialised)
@@ -160,7 +160,7 @@ class FrozenRowLinear(_StoredWeight, RowParallelLinear):
 
 
 def held_part(owner: nn.Module, shape: Shape) -> tuple[slice, ...]:
-    """The part that this tensor-parallel rank holds of `owner`'s weight, whose whole shape is `shape`."""
+    """The slices of a weight of `shape` that this tensor-parallel rank holds; `owner` is the layer."""
     part = [slice(0, size) for size in shape]
     dim = _split_dim(owner)
     if dim is not None:
@@ -177,7 +177,7 @@ def _split_dim(owner: nn.Module) -> int | None:
 
 @torch.no_grad()
 def fill_weight(owner: nn.Module, name: str, read: Callable[[torch.Tensor], None]) -> None:
-    """Fills the frozen parameter `name` of `owner`, stored in whatever way, by what `read` copies into a tensor."""
+    """Fills the frozen parameter `name` of `owner`, in any storage, with what `read` copies into a tensor."""
     if name == "weight" and isinstance(owner, _StoredWeight):
         owner.fill(read)
     else:

@@ -1,4 +1,4 @@
-"""Which parameters learn. A module that owns some derives from `Trainable`; all other parameters are frozen."""
+"""Which parameters are trained: those of modules that derive from `Trainable`. All other parameters are frozen."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import nn
 
 
 class Trainable(nn.Module):
-    """A module whose own parameters learn.
+    """A module whose own parameters are trained.
 
-    It holds them itself, not in nested Linear layers, so that ZeRO-3 gathers them all when its forward begins.
+    It holds them directly, not in nested Linear layers, so that ZeRO-3 gathers all of them when its forward begins.
     """
 
     def reset(self, generator: torch.Generator) -> None:
-        """Gives every parameter its first value, drawn from `generator` alone."""
+        """Initialises every parameter. Random values come only from `generator`."""
         raise NotImplementedError
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name: those that a `Trainable` owns, and no other."""
+    """The trained parameters, by name: those that a `Trainable` owns directly."""
     return {
         f"{owner}.{name}" if owner else name: parameter
         for owner, module in model.named_modules()
@@ -28,6 +28,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All the others, by name."""
+    """All other parameters, by name."""
     learning = trainable_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in learning}

@@ -1,6 +1,6 @@
-"""CLIP's vision transformer with adapters, and the rows it hands out. Parameters have open_clip's names.
+"""CLIP's vision transformer with adapters. Parameters have open_clip's names.
 
-Dimensions: B images, S = 1 + patches tokens of an image, W vision width, F rows that are handed out for one.
+Dimensions: B images, S = 1 + patches tokens per image, W vision width, F rows returned per image.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from lavin_ds.config import AdapterConfig, VisionConfig
 from lavin_ds.data.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalise
 from lavin_ds.models.adapters.base import build_adapters
-from lavin_ds.models.lean import QuickGELU
 from lavin_ds.models.linear import STORAGES, FrozenLinear, Storage
 from lavin_ds.models.llama import default_dtype
+from lavin_ds.models.recompute_ops import QuickGELU
 
 ROWS = {"cls": slice(0, 1), "patches": slice(1, None), "all": slice(None)}  # of the S tokens, by VisionConfig.readout
 
 
 class PatchEmbedding(nn.Module):
-    """One row a patch: a convolution whose stride is its width."""
+    """One row per patch: a convolution whose stride is its width."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        # Not a Conv2d, which would draw random numbers first: frozen weights are always loaded.
+        # Not a Conv2d, which would draw random initial values; frozen weights are always loaded.
         self.weight = nn.Parameter(torch.empty(config.width, 3, config.patch_size, config.patch_size))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -38,9 +38,9 @@ class PatchEmbedding(nn.Module):
 class VisionAttention(nn.Module):
     """Self-attention of the ViT.
 
-    torch's own asks whether query, key and value are one tensor. Behind the hooks of ZeRO-3 they are three, and it cuts
-    the gathered weight in three views, which keep the whole of it in memory until backward. It also works on
-    [S, B, W], in which the product with a frozen weight is S small ones.
+    nn.MultiheadAttention has two drawbacks here. It checks whether query, key and value are the same tensor; under the
+    hooks of ZeRO-3 they are not, so it splits the gathered weight into three views, which keep the whole weight in
+    memory until backward. And it works on [S, B, W], where the product with a frozen weight becomes S small ones.
     """
 
     def __init__(self, width: int, heads: int, storage: Storage):
@@ -55,13 +55,13 @@ class VisionAttention(nn.Module):
 
     def forward(self, z_BSW: torch.Tensor) -> torch.Tensor:
         q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in self.qkv(z_BSW))
-        # No images, no attention: FlashAttention of torch before 2.10 refuses a batch of none.
+        # Attention is skipped if there are no images: FlashAttention of torch before 2.10 refuses an empty batch.
         mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK) if len(z_BSW) else v_BHSK
         return self.out_proj(mixed_BHSK.transpose(1, 2).flatten(2))
 
 
 class ClipBlock(nn.Module):
-    """The frozen parts of a block; VisionBlock joins them."""
+    """The frozen modules of a block; VisionBlock calls them."""
 
     def __init__(self, config: VisionConfig, storage: Storage):
         super().__init__()
@@ -106,10 +106,10 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A ViT that hands out rows of some of its blocks, as `config.readout` says.
+    """A ViT that returns rows of some of its blocks, as `config.readout` says.
 
-    Blocks behind the last one that is read do not exist, nor do the projection and the text tower: nothing would see
-    them. The last norm (ln_post) is there if the read-out wants it.
+    The blocks after the last one that is read out, the projection and the text tower are not built, because nothing
+    would use them. The last norm (ln_post) is built if the read-out includes it.
     """
 
     def __init__(
@@ -138,25 +138,25 @@ class VisionTower(nn.Module):
         )
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised floats [B, 3, S, S] of uint8 [B, S, S, 3]; floats are taken to be normalised already."""
+        """Normalises uint8 [B, S, S, 3] to floats [B, 3, S, S]. Floats are returned as they are."""
         return normalise(images, self.mean, self.std) if images.dtype == torch.uint8 else images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Rows [B, F, W] of images, block after block: uint8 [B, S, S, 3], or already normalised floats [B, 3, S, S].
+        """Rows [B, F, W] of images, block after block. Images are uint8 [B, S, S, 3] or normalised floats [B, 3, S, S].
 
-        B may be 0: a rank without images still runs every module, which ZeRO's collectives rely on.
+        B may be 0: a rank without images still runs every module, as ZeRO's collectives need.
         """
         pixels = self.pixels(images)
         patches = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, S-1, W]
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         x_BSW = self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
-        handed_out = []
+        returned = []
         for number, block in enumerate(self.blocks, start=1):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BSW = checkpoint(block, x_BSW, use_reentrant=False)
             else:
                 x_BSW = block(x_BSW)
             if number in self.read_blocks:
-                handed_out.append(x_BSW[:, self.kept_rows])
-        x_BFW = torch.cat(handed_out, dim=1)
+                returned.append(x_BSW[:, self.kept_rows])
+        x_BFW = torch.cat(returned, dim=1)
         return x_BFW if self.ln_post is None else self.ln_post(x_BFW)

@@ -1,10 +1,11 @@
-"""Seconds of simulated operators: by a device's data sheet, or by rates fitted to measured steps.
+"""The time of simulated operators, from a device's data sheet or from rates fitted to measured steps.
 
-With measured rates, the operators of a phase take together
+With measured rates, the operators of a phase together take
 
-    flops / matmul rate of their dtype  +  bytes of the others / bandwidth  +  operators * overhead  +  exchanged / link
+    FLOPs of products / rate of their dtype  +  bytes of other operators / bandwidth  +  calls * overhead
+        +  bytes sent / link
 
-Every rate holds for all models: none is fitted to the configuration whose time is predicted.
+The same rates serve all models. None is fitted to the configuration whose time is predicted.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ from lavin_ds.profiling.tracker import Operation
 from lavin_ds.profiling.workload import Workload
 
 HALF = ("bfloat16", "float16")
-
-
 HERE = "here"
 
 
 def device_named(name: str, gpus: int = 1) -> Device:
-    """A device by its name. "here" is this machine's CPU, measured now (half a minute) and shared by `gpus` ranks.
+    """A device by its name. "here" is this machine's CPU, shared by `gpus` ranks and measured now (half a minute).
 
     Raises:
         UserError: there is no device of that name.
@@ -37,12 +36,12 @@ def device_named(name: str, gpus: int = 1) -> Device:
     if name == HERE:
         return this_cpu(gpus)
     if name not in DEVICES:
-        raise UserError(f"No device '{name}': give one of {', '.join(DEVICES)}, or {HERE} for this CPU.")
+        raise UserError(f"No device '{name}'. Known are {', '.join(DEVICES)}, and {HERE} for this CPU.")
     return DEVICES[name]
 
 
 def roofline_seconds(device: Device, operations: list[Operation]) -> float:
-    """Seconds of the operators that are not communication, at measured rates or at the data sheet's peak rates."""
+    """Seconds of all operators except communication, at measured rates or else at the data sheet's peak rates."""
     operations = [o for o in operations if not o.exchanged]
     if device.rates:
         return seconds_at(device.rates, operations)
@@ -51,10 +50,12 @@ def roofline_seconds(device: Device, operations: list[Operation]) -> float:
 
 
 def seconds_at(rates: Rates, operations: list[Operation]) -> float:
+    """Seconds of the operators at measured rates, communication included."""
     return float(amounts(operations) @ np.array(list(rates.as_dict().values())))
 
 
-# Models for `this_cpu`: a step takes less than a second, and they differ in what they spend it on.
+# Overrides and samples of the models for `this_cpu`. A step of each takes less than a second. They differ in how it is
+# divided between products, other operators and calls.
 CALIBRATION_MODELS = (
     (["model.llm={dim: 256, n_layers: 4, n_heads: 4, ffn_dim: 704, vocab_size: 8192}", "model.frozen_dtype=fp32"], 4),
     (["model.llm={dim: 512, n_layers: 6, n_heads: 8, ffn_dim: 1408, vocab_size: 8192}", "model.frozen_dtype=fp32"], 1),
@@ -64,10 +65,10 @@ CALIBRATION_MODELS = (
 
 
 def this_cpu(ranks: int = 1) -> Device:
-    """A rank's share of this machine's CPU, with rates from real steps of four small models. Takes half a minute."""
+    """One rank's share of this machine's CPU. Its rates come from real steps of four small models (half a minute)."""
     import psutil
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a warning to stdout
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints a warning to stdout
     from lavin_ds.profiling.measure import in_fresh_processes, measure_seconds
 
     settings = []
@@ -75,7 +76,7 @@ def this_cpu(ranks: int = 1) -> Device:
         changes = [*changes, "model.vision=null", "deepspeed=zero0", f"training.global_batch={samples}"]
         workload = Workload(samples, 128, image_fraction=0.0, labelled_fraction=0.7)
         settings.append((load_recipe("lavin-7b", changes), workload))
-    # Measuring comes before simulating: a simulation starts threads, and a fork may wait for their locks forever.
+    # Measure before simulating: a simulation starts threads, and a forked process could wait forever for their locks.
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)  # as in training
     seconds = [in_fresh_processes(1, 1, partial(measure_seconds, *setting), threads) for setting in settings]
     measured = [(simulate(*setting), taken) for setting, taken in zip(settings, seconds, strict=True)]
@@ -93,7 +94,7 @@ def this_cpu(ranks: int = 1) -> Device:
 
 
 def amounts(operations: list[Operation]) -> np.ndarray:
-    """Units of work of `operations`, in the order of the fields of Rates."""
+    """The work in `operations`, in the units and the order of the fields of Rates."""
     total = np.zeros(5)
     for operation in operations:
         if operation.exchanged:
@@ -108,21 +109,21 @@ def amounts(operations: list[Operation]) -> np.ndarray:
 
 
 def fit_rates(measured: list[tuple[Simulation, dict[str, float]]]) -> Rates:
-    """Fits the rates, none negative, to the seconds of every phase by relative least squares.
+    """Fits rates to the measured seconds of every phase. Minimises relative squared errors; no rate is negative.
 
-    measured: simulated steps with their measured seconds by phase (measure.measure_seconds).
+    measured: simulated steps, each with its measured seconds by phase (measure.measure_seconds).
     """
     rows, weights = [], []
     for simulation, seconds in measured:
         whole = sum(seconds.values())
         for phase, taken in seconds.items():
             rows.append(amounts([o for o in simulation.operations if o.phase == phase]) / taken)
-            weights.append((taken / whole) ** 0.5)  # a short phase says little about a step
+            weights.append((taken / whole) ** 0.5)  # a short phase matters little to the step
     return Rates(*_nonnegative_least_squares(np.array(rows) * np.array(weights)[:, None], np.array(weights)))
 
 
 def _nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Minimises |a x - b| over x >= 0 by trying every set of columns, of which there are few."""
+    """Minimises |a x - b| over x >= 0. Tries every subset of the columns, which are few."""
     best, best_error = np.zeros(a.shape[1]), float(b @ b)
     scale = np.where(a.any(axis=0), a.max(axis=0), 1.0)  # FLOPs and operators differ by 1e9
     for size in range(1, a.shape[1] + 1):

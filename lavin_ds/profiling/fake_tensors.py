@@ -1,4 +1,4 @@
-"""What a simulated step runs in: fake tensors, which have shapes and no memory, and a group of ranks without peers."""
+"""The surroundings of a simulated step: fake tensors (shapes without memory) and a process group without peers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lavin_ds.parallel import initialize_single_process
 
 
 class ConcreteIndices(TorchDispatchMode):
-    """Inside FakeTensorMode, computes operators on integers and booleans with real values.
+    """Inside FakeTensorMode, runs operators on integers and booleans with real values.
 
     Fake tensors have no values, so a boolean mask would select an unknown number of rows. Ids, labels, masks and
-    counters are small. With their values known, a fake step has the branches and shapes of a real one.
+    counters are small, so they stay real. A fake step then takes the branches and has the shapes of a real one.
 
-    Devices, updates in place and views need no kernel. They are answered here without FakeTensorMode, which would
-    take most of a simulation's time.
+    Devices, in-place updates and views need no kernel. They are answered here: in FakeTensorMode they would take most
+    of a simulation's time.
     """
 
     def __init__(self, mode: FakeTensorMode):
@@ -78,13 +78,13 @@ def _is_view(func) -> bool:
 
 def _is_integral_factory(func, kwargs: dict[str, Any]) -> bool:
     dtype = kwargs.get("dtype")
-    if dtype is None:  # only arange guesses integers from its arguments
+    if dtype is None:  # only arange infers an integer dtype from its arguments
         return func._overloadpacket is torch.ops.aten.arange
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _without_masks(args: tuple) -> tuple:
-    """Replaces boolean masks in a list of indices by the positions they select."""
+    """Replaces each boolean mask in a list of indices by the positions it selects."""
 
     def replace(indices: list) -> list:
         positions = []
@@ -103,7 +103,7 @@ def _positions(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @contextmanager
 def first_rank_of(tensor_parallel: int) -> Iterator[None]:
-    """Lets the tensor-parallel layers see themselves as rank 0 of that many. Their collectives return at once."""
+    """Makes this process rank 0 of a tensor-parallel group of that size. Its collectives return at once."""
     initialize_single_process()
     if tensor_parallel == 1:
         yield
@@ -113,9 +113,7 @@ def first_rank_of(tensor_parallel: int) -> Iterator[None]:
     group._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
     previous, groups._MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP, group
-    _world.pg_group_ranks[group] = {
-        rank: rank for rank in range(tensor_parallel)
-    }  # torch looks a rank's number up here
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(tensor_parallel)}  # torch looks up rank numbers here
     try:
         yield
     finally:
@@ -124,7 +122,7 @@ def first_rank_of(tensor_parallel: int) -> Iterator[None]:
 
 
 def make_fake(model: nn.Module) -> None:
-    """Replaces meta parameters by fake ones; call inside FakeTensorMode."""
+    """Replaces meta parameters by fake ones. Call it inside FakeTensorMode."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             fake = torch.empty(parameter.shape, dtype=parameter.dtype)

@@ -1,4 +1,4 @@
-"""What a finished run measured, and how fast it was beside its prediction."""
+"""The measurements of a finished run, and its speed compared with the prediction."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lavin_ds.profiling.step_time import TimeEstimate, estimate
 from lavin_ds.profiling.training_set import find_training_set
 from lavin_ds.run import RunRecord, adapter_file, load_run, read_metrics
 
-WARM_UP = 5  # first steps of a run, which are left out if there are more
+WARM_UP = 5  # first steps, left out of the median if the run has more
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished run recorded in its summary.json. peak_device_bytes is None if it had no GPU."""
+    """The measurements in a run's summary.json. peak_device_bytes is None if the run had no GPU."""
 
     steps: int
     samples: int
     tokens: int
     seconds: float
-    peak_rss_bytes: int  # of the largest rank, Python and libraries included
+    peak_rss_bytes: int  # of the rank with the most, Python and libraries included
     peak_device_bytes: int | None
     trainable_parameters: int
     adapter_bytes: int
@@ -48,16 +48,16 @@ def load_finished_run(path: Path) -> FinishedRun:
     """Reads a run directory.
 
     Raises:
-        UserError: the run is not finished, or a file of it cannot be read.
+        UserError: the run is not finished, or one of its files cannot be read.
     """
     return FinishedRun(path, load_run(path), read_measured(path))
 
 
 def read_measured(run: Path) -> Measured:
-    """Reads the summary of a run directory.
+    """Reads summary.json of a run directory.
 
     Raises:
-        UserError: there is none yet, or it lacks a key.
+        UserError: there is no summary yet, or it lacks a key.
     """
     path = run / "summary.json"
     if not path.is_file():
@@ -72,11 +72,11 @@ def read_measured(run: Path) -> Measured:
 
 @dataclass(frozen=True)
 class RunSpeed:
-    """A run's median step beside the predicted one, in seconds. `efficiency` would have made the prediction right."""
+    """A run's median step and the predicted one, in seconds. With `efficiency` the prediction would have been right."""
 
     run: str
     device: str
-    steps: int  # of the median
+    steps: int  # that the median is taken over
     step_seconds: float
     predicted_seconds: float
     predicted_efficiency: float  # assumed; 1 if the device's rates were measured
@@ -84,11 +84,11 @@ class RunSpeed:
 
     @property
     def is_possible(self) -> bool:
-        """No device is faster than its roofline. Measured rates may be too low, if something slowed them down."""
+        """False if the run beat a data sheet's roofline. Measured rates can be beaten: they may be too low."""
         return 0 < self.efficiency <= 1 or self.predicted_efficiency == 1
 
     def calibrate(self, device: Device) -> tuple[Device, float]:
-        """The device and the efficiency to predict with."""
+        """The device and the efficiency that predict other runs at this run's speed."""
         if device.rates:
             slower = {name: rate / self.efficiency for name, rate in asdict(device.rates).items()}
             return replace(device, rates=replace(device.rates, **slower)), 1.0
@@ -99,7 +99,7 @@ class RunSpeed:
 
 
 def speed_of(run: FinishedRun, device: Device, efficiency: float) -> RunSpeed | None:
-    """How fast a run was on `device`. None if it was on another one, or if its time cannot be predicted."""
+    """A run's speed on `device`. None if it ran on another device, or if its time cannot be predicted."""
     config, had_gpu = run.record.config, run.measured.peak_device_bytes is not None
     may_be_its_device = had_gpu if device.name in DEVICES else device.rates is None or not had_gpu
     training_set = find_training_set(config, run.record)
@@ -111,7 +111,7 @@ def speed_of(run: FinishedRun, device: Device, efficiency: float) -> RunSpeed | 
 def _speed(run: Path, predicted: TimeEstimate) -> RunSpeed:
     taken = [line["seconds"] for line in read_metrics(run / "metrics.jsonl") if not line["skipped"]]
     if not taken:
-        raise UserError(f"{run / 'metrics.jsonl'} holds the time of no step: there is nothing to calibrate with.")
+        raise UserError(f"{run / 'metrics.jsonl'} has no completed step, so the run's speed is unknown.")
     counted = taken[WARM_UP:] or taken
     seconds = statistics.median(counted)
     return RunSpeed(

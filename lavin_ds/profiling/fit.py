@@ -1,12 +1,12 @@
 """The fastest setting of a recipe that fits a card, and the command that trains it.
 
-Searched: micro-batch, activation checkpointing, tensor parallelism over the GPUs, cached features instead of a ViT that
-is not trained, and half precision for an fp32 base. ZeRO stages are not searched: 1 and 2 divide only 0.06 GB at 13B,
-and 3 does not help a small card, because DeepSpeed moves the whole model to every GPU before it divides it (tensor
-parallelism loads slices).
+The search covers micro-batch, activation checkpointing, tensor parallelism over the GPUs, cached features instead of a
+ViT that is not trained, and half precision for an fp32 base. It does not cover ZeRO stages. Stages 1 and 2 divide only
+0.06 GB at 13B. Stage 3 does not help a small card: DeepSpeed moves the whole model to every GPU before it divides it.
+Tensor parallelism loads slices instead.
 
-For each micro-batch, the setting that fits with the least recomputation is the fastest. Its memory and time come from
-models of a few layers. The best of these is then simulated as a whole.
+For each micro-batch, the fastest setting is the one that fits with the least recomputation. Its memory and time are
+extrapolated from models of a few layers. The best setting is then simulated at full size.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lavin_ds.profiling.training_set import TrainingSet
 from lavin_ds.profiling.workload import worst_case
 
 MICRO_BATCHES = (1, 2, 4, 8)
-# Of settings within this factor of the fastest, the one with the most samples per micro-batch is taken: it starts fewer
-# kernels, which the roofline does not charge for.
+# Among settings within this factor of the fastest, the search takes the one with the most samples per micro-batch. It
+# starts fewer kernels, which the roofline does not count.
 ALIKE = 1.1
 FROZEN = list(COMPONENTS).index("frozen")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Changes to a recipe as `key=value`, and their effect. peak_bytes counts tensors, without OVERHEAD."""
+    """Changes to a recipe as `key=value`, and their effect. peak_bytes counts only tensors, without OVERHEAD."""
 
     changes: tuple[str, ...]
     config: RunConfig
@@ -55,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Fit:
-    """The fastest setting that fits, if one does, and the smallest one."""
+    """The fastest setting that fits, if there is one, and the setting that needs the least memory."""
 
     best: Setting | None
     smallest: Setting
@@ -69,7 +69,7 @@ class Fit:
         return self.smallest.weights_bytes
 
     def command(self, recipe: str, gpus: int, overrides: list[str] = ()) -> str | None:
-        """The command that trains the best setting; its paths are placeholders."""
+        """The command that trains the best setting. Its paths are placeholders."""
         if self.best is None:
             return None
         clip = ["--clip", "ViT-L-14.pt"] if self.best.config.model.has_vit else []
@@ -136,7 +136,7 @@ class _Search:
         self.tried: dict[tuple[int, Checkpointing], Setting] = {}
 
     def fastest(self) -> Setting | None:
-        """The fastest setting that fits, simulated as a whole; None if not even the smallest fits."""
+        """The fastest setting that fits, checked at full size. None if nothing fits."""
         training = self.base.config.training
         most = math.ceil(training.global_batch * self.base.config.tensor_parallel / self.gpus)
         fitting = [self._least_recomputed(samples) for samples in MICRO_BATCHES if samples <= most]
@@ -151,16 +151,16 @@ class _Search:
         return None
 
     def _least_recomputed(self, samples: int) -> Setting | None:
-        """The setting of that many samples which fits and recomputes the least; None if none fits."""
+        """Of the settings with that many samples, the one that fits and recomputes the least. None if none fits."""
         config = self.base.config
-        few = "vision" if config.model.has_vit else False  # after that, LLaMA layers are recomputed one by one
+        few = "vision" if config.model.has_vit else False  # the next setting recomputes single LLaMA layers
         for value in dict.fromkeys((False, few)):
             if (setting := self.setting(samples, value)).peak_bytes <= self.room:
                 return setting
         kept, recomputed = setting.peak_bytes, self.setting(samples, True).peak_bytes
         if recomputed > self.room:
             return None
-        # Every layer saves the same, except those whose own recomputation is the peak: one more covers that.
+        # Each recomputed layer saves the same. One is added because recomputing a layer needs memory itself.
         layers = math.ceil((kept - self.room) / (kept - recomputed) * config.model.llm.n_layers) + 1
         if layers < config.model.llm.n_layers and self.setting(samples, layers).peak_bytes <= self.room:
             return self.setting(samples, layers)
@@ -171,7 +171,7 @@ class _Search:
         return replace(setting, time=time)
 
     def setting(self, samples: int, value: Checkpointing) -> Setting:
-        """A setting with its memory."""
+        """A setting with its memory, extrapolated."""
         if (samples, value) not in self.tried:
             held = self._held(samples, value)
             setting = replace(
@@ -182,7 +182,7 @@ class _Search:
         return self.tried[samples, value]
 
     def _held(self, samples: int, value: Checkpointing) -> np.ndarray:
-        """Bytes by component at the peak, which are linear in the number of samples."""
+        """Bytes by component at the peak. They are linear in the number of samples, so most are interpolated."""
 
         def at(n: int) -> np.ndarray:
             config = self._changed(n, value).config
@@ -200,7 +200,7 @@ class _Search:
 
 
 def _degrees(config: RunConfig, gpus: int) -> Iterator[int]:
-    """Ascending tensor-parallel degrees that the recipe's LLaMA can be split by."""
+    """The tensor-parallel degrees that can split the recipe's LLaMA, in ascending order."""
     for degree in (d for d in range(1, gpus + 1) if gpus % d == 0):
         try:
             _changed(Setting((), config, 0), [f"tensor_parallel={degree}"])
@@ -211,7 +211,7 @@ def _degrees(config: RunConfig, gpus: int) -> Iterator[int]:
 
 
 def _base(config: RunConfig, degree: int) -> Setting:
-    """The changes that all settings of a degree have in common."""
+    """The recipe with the changes that all settings of a tensor-parallel degree share."""
     changes = [] if degree == config.tensor_parallel else [f"tensor_parallel={degree}"]
     if config.model.frozen_dtype == "fp32":
         changes.append("model.frozen_dtype=bf16")

@@ -1,4 +1,4 @@
-"""The cost report as one HTML file that contains its pictures and loads nothing."""
+"""The cost report as one HTML file. Its pictures are embedded, and it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def html_report(report: Report) -> str:
 
         parts.append(html_section(report.published, report.config.name))
     parts += ["<h2>Parameters and files</h2>", _parameters(report)]
-    parts += ["<h2>What must be known</h2>", _list(report.notes())]
+    parts += ["<h2>Notes</h2>", _list(report.notes())]
     parts += ["<h2>Where the sources disagree</h2>", _list(paper.DISAGREEMENTS), "</body></html>"]
     return "\n".join(parts) + "\n"
 
@@ -66,7 +66,7 @@ def _costs(report: Report) -> str:
         is_ours = not all(cell.mark in (None, "quoted") for cell in row.cells.values())
         rows.append(table_row([escape(row.method), *cells], "ours" if is_ours else ""))
     legend = _list([f"{mark}: {meaning}" for mark, meaning in LEGEND.items()])
-    caption = "Quoted rows: 8 x A100, lite on one GPU"
+    caption = "Quoted rows: on 8 x A100; lite rows on one GPU"
     return table(caption, ["Method", "#T-Params", "Memory", "Time", "#Storage"], rows) + legend
 
 
@@ -89,7 +89,7 @@ def _parameters(report: Report) -> str:
     rows += [table_row([f"frozen {part}", f"{number:,}"]) for part, number in count.frozen.items()]
     rows.append(table_row(["adapter file, MB", f"{count.adapter_file_bytes / 1e6:.1f}"]))
     rows.append(table_row(["checkpoint to resume from, MB", f"{count.checkpoint_bytes / 1e6:.1f}"]))
-    return table("Exact", ["", "Parameters"], rows)
+    return table("Counted from the model", ["", "Parameters"], rows)
 
 
 def picture(meaning: str, draw) -> str:

@@ -1,8 +1,8 @@
-"""Figures of a whole model's step, extrapolated from models with a few layers. Many times faster than simulating it.
+"""Figures of a whole model's step, extrapolated from models with a few layers. Much faster than simulating all of it.
 
-All LLaMA layers do the same work, and so do all parts of the ViT: the blocks between two read-outs, or each block if
-only one is read. So any sum over operators is linear in the numbers of layers and parts, and so is the memory held at a
-given moment.
+All LLaMA layers do the same work. So do all parts of the ViT: a part is the blocks between two read-outs, or one block
+if only one is read. So a sum over operators is linear in the number of layers and in the number of parts. So is the
+memory held at a given moment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lavin_ds.models.lavin import Lavin
 from lavin_ds.profiling.simulation import COMPONENTS, Simulation, simulate
 from lavin_ds.profiling.workload import Workload
 
-BASE = (2, 1)  # LLaMA layers and parts of the ViT of the smallest model
+BASE = (2, 1)  # LLaMA layers and ViT parts of the smallest model
 
 
 def from_few_layers(
@@ -27,7 +27,7 @@ def from_few_layers(
     gpus: int = 1,
     make: Callable[..., Lavin] = Lavin,
 ) -> np.ndarray:
-    """`measure` of the whole model's step, if it is linear in the numbers of layers, parts and recomputed layers."""
+    """`measure` of the whole model's step. It must be linear in the numbers of layers, parts and recomputed layers."""
     recomputed = config.training.activation_checkpointing
     if type(recomputed) is int:
         few, everything = (
@@ -52,28 +52,28 @@ def from_few_layers(
 
 @lru_cache(maxsize=64)
 def _simulated(config: RunConfig, workload: Workload, gpus: int, make: Callable[..., Lavin]) -> Simulation:
-    """A step of a small model. A search asks for the same one many times."""
+    """A step of a small model. Cached, because a search asks for the same one many times."""
     return simulate(config, workload, gpus, make)
 
 
 def peak_components(simulation: Simulation) -> np.ndarray:
     """Bytes by component at the step's peak, for `from_few_layers`.
 
-    Too low if small and large models have their peak at different moments. Callers that depend on it simulate the whole
-    model too.
+    The extrapolation is too low if small and large models peak at different moments. A caller that depends on it must
+    also simulate the whole model.
     """
     return np.array([simulation.components[name] for name in COMPONENTS], dtype=float)
 
 
 def parts_of(model: ModelConfig) -> int:
-    """How many equal parts the ViT has; 0 if the recipe runs none."""
+    """Number of equal parts of the ViT; 0 if the recipe does not run a ViT."""
     if not model.has_vit:
         return 0
     return model.vision.depth // (model.vision.readout.every or 1)
 
 
 def with_parts(config: RunConfig, layers: int, parts: int) -> RunConfig:
-    """The recipe with `layers` LLaMA layers and, if it has a ViT, `parts` parts of it."""
+    """The recipe with `layers` LLaMA layers and, if it runs a ViT, only `parts` parts of it."""
     model = config.model
     update = {"llm": model.llm.model_copy(update={"n_layers": layers})}
     if model.has_vit:

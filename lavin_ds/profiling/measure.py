@@ -1,4 +1,4 @@
-"""Real training steps on this machine, in new processes, and their time."""
+"""Times real training steps on this machine, in new processes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lavin_ds.training.engine import build_engine, start_distributed
 
 
 def measure_seconds(config: RunConfig, workload: Workload, steps: int = 4) -> dict[str, float]:
-    """The fastest of `steps` optimizer steps of one micro-batch, by phase (forward, backward, update).
+    """Seconds of each phase (forward, backward, update), each the fastest of `steps` steps of one micro-batch.
 
-    Two steps before them warm up. The fastest counts, as anything else the machine does only adds time.
+    Two warm-up steps come first. The fastest counts because other work on the machine only adds time.
     """
     engine, batch = build(config, workload)
     timings = [step(engine, batch) for _ in range(2 + steps)][2:]
@@ -36,9 +36,9 @@ def measure_seconds(config: RunConfig, workload: Workload, steps: int = 4) -> di
 
 
 def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any], threads: int = 1) -> Any:
-    """Runs `work()` in `ranks` new processes that are joined in process groups, and returns rank 0's result.
+    """Runs `work()` in `ranks` new processes joined in process groups. Returns rank 0's result.
 
-    The processes are forks: packages are imported once, and no measurement leaves anything to the next.
+    The processes are forks: packages are imported once, and measurements do not affect each other.
 
     Raises:
         RuntimeError: a process failed; its traceback is on stderr.
@@ -60,7 +60,7 @@ def in_fresh_processes(ranks: int, tensor_parallel: int, work: Callable[[], Any]
             process.terminate()
         process.join()
     if failed or results.empty():
-        raise RuntimeError(f"a measuring process ended with {[p.exitcode for p in processes]}")
+        raise RuntimeError(f"a measuring process failed; exit codes: {[p.exitcode for p in processes]}")
     return results.get()
 
 
@@ -68,7 +68,7 @@ def _rank_main(rank, ranks, tensor_parallel, port, work, results, threads) -> No
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of names that torch will drop
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed uses names that torch will drop
     start_distributed()
     torch.set_num_threads(threads)
     initialize_tensor_parallel(tensor_parallel)
@@ -81,6 +81,7 @@ def _rank_main(rank, ranks, tensor_parallel, port, work, results, threads) -> No
 
 
 def build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEngine, Batch]:
+    """A training engine with random weights, and a micro-batch for it."""
     model = Lavin(config.model, config.compat is not None, config.training.activation_checkpointing)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
@@ -90,7 +91,7 @@ def build(config: RunConfig, workload: Workload) -> tuple[deepspeed.DeepSpeedEng
 
 
 def step(engine: deepspeed.DeepSpeedEngine, batch: Batch) -> dict[str, float]:
-    """Seconds by phase."""
+    """Runs one optimizer step. Returns seconds by phase."""
     start = time.perf_counter()
     loss_sum, labels = engine(batch)
     forward = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What others published about cost and scores. Every figure stands here once, with where it is printed.
+"""Published costs and scores. Each figure is written here once, with its source.
 
-"Paper 1" is LaVIN as at NeurIPS 2023 (arXiv 2305.15023), "paper 2" its extended version, "README" the one of
-luogen1996/LaVIN at f703a3a.
+"Paper 1" is LaVIN as published at NeurIPS 2023 (arXiv 2305.15023). "Paper 2" is its extended version. "README" is that
+of luogen1996/LaVIN at commit f703a3a.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class CostRow:
 
     method: str
     trainable: str
-    memory: str  # of one GPU; the papers write G and do not say whether GB or GiB
+    memory: str  # of one GPU; the papers write G, which may be GB or GiB
     time: str
     storage: str
     source: str
@@ -36,22 +36,22 @@ COST_TABLE = (
     CostRow("LaVIN-13B", "5.4M", "55.9G", "2 hours", "20M", _TABLE),
 )
 
-_MODEL_ZOO = "README, model zoo; 4-bit base, one GPU (its news name a 3090)"
+_MODEL_ZOO = "README, model zoo; 4-bit base, one GPU (a 3090, says its news section)"
 
 LITE_TABLE = (
     CostRow("LaVIN-7B-lite", "3.8M", "9G", "29 hours", "-", _MODEL_ZOO),
     CostRow("LaVIN-13B-lite", "5.4M", "14G", "42 hours", "-", _MODEL_ZOO),
 )
 
-# Where the sources contradict each other or themselves.
+# Contradictions between the sources or within one.
 DISAGREEMENTS = (
     "Tables 4 and 6 agree in every figure. Both texts say that LaVIN saves more than 40% of LLaVA's GPU memory, "
     "but 33.9G is 8% below 36.8G, and 55.9G above it.",
     "The papers time 8 A100; the authors' 7B script and README use 2.",
     "README gives LaVIN-13B on 8 A100 2 hours (90.54) and, in another row, 4 hours (90.8).",
-    "README gives LaVIN-13B-lite 14G in the model zoo and 15G in the news.",
-    "#Storage 15M and 20M are the adapters alone (15.1 and 21.6 MB in fp32); the files that the authors' code "
-    "saves hold the optimizer too and are about three times as large.",
+    "README gives LaVIN-13B-lite 14G in the model zoo and 15G in its news section.",
+    "#Storage 15M and 20M count only the adapters (15.1 and 21.6 MB in fp32). The files that the authors' code "
+    "saves also hold the optimizer state and are about three times as large.",
 )
 
 # Paper 1, Table 1 (the same in paper 2): accuracy in percent on ScienceQA test.
@@ -61,7 +61,7 @@ SCORES = {
     "LaVIN-13B, 40 epochs": (89.88, 94.49, 89.82, 88.95, 87.61, 91.85, 91.45, 89.72, 90.83),
 }
 
-# Paper 1, Table 2: #T-Params as printed, and what the modules hold; printed figures are rounded up.
+# Paper 1, Table 2: the row, #T-Params as printed (rounded up), and the exact number of trainable parameters.
 ABLATION = {
     "ablation-text": ("Text Only", "1.8M", 1_704_192),
     "ablation-vision": ("+ Vision Modality (MMT)", "2.4M", 2_331_008),

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lavin_ds.profiling.report import Report
 
 COLOURS = dict(zip(COMPONENTS, [f"C{n}" for n in range(len(COMPONENTS))], strict=True))
-VISIBLE = 0.002  # of the largest; less is thinner than a line
-POINTS = 800  # of the timeline; each shows the highest of its moments
+VISIBLE = 0.002  # share of the largest; a smaller bar or band is thinner than a line
+POINTS = 800  # of the timeline; each shows the highest of several allocations
 
 
 def unit_of(bytes: float) -> tuple[str, float]:
@@ -24,7 +24,7 @@ def unit_of(bytes: float) -> tuple[str, float]:
 
 
 def plot_memory(report: Report, to: Path | BinaryIO) -> None:
-    """Stacked bars of each phase's peak by component, with the device's memory and the papers' figure."""
+    """Each phase's peak as a bar stacked by component, with lines at the device's memory and the papers' figure."""
     simulation = report.memory
     unit, size = unit_of(simulation.peak_bytes)
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
@@ -39,7 +39,7 @@ def plot_memory(report: Report, to: Path | BinaryIO) -> None:
         left += widths
     for y, total in enumerate(left):
         axes.text(total, y, f" {total:.1f}", va="center")
-    axes.margins(x=0.12)  # room for the numbers
+    axes.margins(x=0.12)  # room for the totals beside the bars
     if size == GB:
         axes.axvline(report.device.memory, color="black", linestyle="--", linewidth=1, label=report.device.name)
         if report.published_memory:
@@ -52,7 +52,7 @@ def plot_memory(report: Report, to: Path | BinaryIO) -> None:
 
 
 def plot_timeline(simulation: Simulation, title: str, to: Path | BinaryIO) -> None:
-    """Memory of a rank over the allocations of one step, by component."""
+    """One rank's memory by component, after each allocation of one step."""
     moments, phases = simulation.timeline, simulation.timeline_phases
     moments, phases = moments[phases < PHASES.index("end")], phases[phases < PHASES.index("end")]
     bins = np.array_split(np.arange(len(moments)), min(POINTS, len(moments)))

@@ -1,4 +1,4 @@
-"""The cost report: a recipe's figures beside the published ones, each marked by how it was obtained."""
+"""The cost report: a recipe's figures beside the published ones. A mark on each says how it was obtained."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ QUOTED, EXACT, SIMULATED, EXTRAPOLATED, MEASURED = "quoted", "exact", "simulated
 LEGEND = {
     QUOTED: "printed in the papers or the authors' README",
     EXACT: "counted from the model itself",
-    SIMULATED: "one training step of the full model on tensors without memory; of the tensors alone, but for the "
-    f"row as published, which has the {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation in it",
-    EXTRAPOLATED: "operators of simulated steps on the device's roofline, times the recipe's steps",
+    SIMULATED: "one training step of the full model on tensors without memory. Only tensors are counted; the row as "
+    f"published also includes {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation",
+    EXTRAPOLATED: "the operators of simulated steps on the device's roofline, times the recipe's steps",
     MEASURED: "recorded by the finished run",
 }
-# The published row that a recipe stands beside.
+# The published row that a recipe is compared with.
 PAPER_ROW = {"lavin-7b": "LaVIN-7B", "lavin-7b-24gb": "LaVIN-7B", "lavin-13b": "LaVIN-13B"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as shown, its mark (a key of LEGEND, or None where there is no figure) and its plain value."""
+    """A figure as shown, its mark (a key of LEGEND; None if there is no figure) and its plain value."""
 
     text: str
     mark: str | None = None
@@ -61,17 +61,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """What a report is asked about."""
+    """The inputs of a report."""
 
     config: RunConfig
     device: Device
     gpus: int
-    training_set: TrainingSet | None  # None: its lengths are not known, so there is no time
+    training_set: TrainingSet | None  # None if its lengths are not known: the report then has no time
     efficiency: float = DEFAULT_EFFICIENCY
-    length: int | None = None  # positions per sample that memory is simulated for; None: the recipe's maximum
-    price: float | None = None  # per GPU and hour
+    length: int | None = None  # positions per sample for the simulated memory; None: the recipe's maximum
+    price: float | None = None  # of one GPU for one hour
     run: FinishedRun | None = None  # shown beside the prediction
-    at_run_speed: bool = False  # predicts with the efficiency that the run reached
+    at_run_speed: bool = False  # predict with the efficiency that `run` reached
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Report:
     memory: Simulation
     time: TimeEstimate | None  # None if it cannot be predicted: see Report.notes
     run: FinishedRun | None = None
-    run_speed: RunSpeed | None = None  # if `device` may be the one it ran on
+    run_speed: RunSpeed | None = None  # None if the run was not on `device`
     published: AsPublished | None = None  # with --as-published
 
     @property
@@ -93,7 +93,7 @@ class Report:
         return next((float(row.memory.rstrip("G")) for row in paper.COST_TABLE if row.method == method), None)
 
     def rows(self) -> list[Row]:
-        """The papers' rows, the authors' README, then ours."""
+        """The rows of the papers, then of the authors' README, then ours."""
         rows = [_quoted(row) for row in (*paper.COST_TABLE, *paper.LITE_TABLE)]
         if self.published:
             rows.append(self._as_published_row())
@@ -147,60 +147,62 @@ class Report:
         return self.parameters.loaded_bytes(self.config.tensor_parallel)
 
     def notes(self) -> list[str]:
-        """What a reader needs to know about the figures."""
+        """Sentences that explain the figures: what was simulated, on which assumptions, and what is left out."""
         workload, config = self.memory.workload, self.config
         checkpointing = _recomputation(config)
         notes = [
             f"Memory: a micro-batch of {workload.samples} x {workload.length} positions, "
-            f"{workload.images} with an image, {workload.labelled_fraction:.0%} labelled, {checkpointing}; peak in "
-            f"{self.memory.moment}. With {OVERHEAD / GB:.1f} GB for context, workspaces and fragmentation "
-            f"{'below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of {self.device.name}.",
+            f"{workload.images} with an image, {workload.labelled_fraction:.0%} labelled, {checkpointing}. "
+            f"The peak is in {self.memory.moment}. With {OVERHEAD / GB:.1f} GB for context, workspaces and "
+            f"fragmentation, it is {'below' if self.fits else 'ABOVE'} the {self.device.memory:.0f} GB of "
+            f"{self.device.name}.",
         ]
         if self._loaded_bytes > self.memory.peak_bytes:
             notes.append(
                 f"Loading: DeepSpeed moves the whole model, {_gb(self._loaded_bytes)}, to every GPU before ZeRO-3 "
-                "divides it: that must fit too."
+                "divides it. That must fit too."
             )
         plan = zero_plan(self.config, self.gpus)
         if plan.offload_parameters:
-            notes.append("offload_param: memory is told as if the parameters stayed on the GPU.")
+            notes.append("offload_param: memory is counted as if the parameters stayed on the GPU.")
         if plan.offload_parameters or plan.offload_optimizer:
-            notes.append("Offloading: its copies between GPU and host are not in the time.")
+            notes.append("Offloading: copies between GPU and host are not counted in the time.")
         if self.time:
             notes.append(f"Time: {self.gpus} x {self.time.assumption}. {self._communication()}")
             notes.append(f"For the whole recipe: {self._totals()}.")
         elif not self.device.predicts_time_of(self.config.model.frozen_dtype):
-            notes.append("Time: none, as the base is fp32 and the devices' rates are for bf16.")
+            notes.append("Time: none, because the base is fp32 and the devices' rates are for bf16.")
         else:
             kind = self.config.data.prompt_format
-            notes.append(f"Time: none, as the lengths of {kind} data are not known: give --data SHARDS.")
+            notes.append(f"Time: none, because the lengths of {kind} data are not known: give --data SHARDS.")
         if self.run_speed:
             notes.append(self._run_speed())
         if self.run and self.run.measured.peak_device_bytes is None:
-            notes.append("The run had no GPU: its memory is the largest rank's resident set, Python included.")
+            notes.append("The run had no GPU. Its memory is the largest resident set of a rank, Python included.")
         return notes
 
     def _communication(self) -> str:
         time = self.time
         if not time.exchanged_bytes:
-            return "Nothing is exchanged."
+            return "GPUs exchange nothing."
         nodes = f", as if all {self.gpus} were in one node" if self.gpus > GPUS_PER_NODE else ""
         return (
-            f"Each GPU sends {time.exchanged_bytes / 1e6:,.0f} MB a step, "
-            f"{time.communication_seconds / time.step_seconds:.1%} of it at {self.device.link:.0f} GB/s{nodes}."
+            f"Each GPU sends {time.exchanged_bytes / 1e6:,.0f} MB per step, which takes "
+            f"{time.communication_seconds / time.step_seconds:.1%} of the step at {self.device.link:.0f} GB/s{nodes}."
         )
 
     def _run_speed(self) -> str:
         speed = self.run_speed
         text = (
-            f"{speed.run} took {duration(speed.step_seconds)} a step, the median of {speed.steps:,}; predicted for it "
-            f"{duration(speed.predicted_seconds)}: "
+            f"{speed.run} took {duration(speed.step_seconds)} per step (median of {speed.steps:,}). The prediction was "
+            f"{duration(speed.predicted_seconds)}. "
         )
         if speed.predicted_efficiency == 1:
-            return text + f"it reached {speed.efficiency:.0%} of the speed measured just now."
+            return text + f"The run reached {speed.efficiency:.0%} of the speed measured just now."
         if not speed.is_possible:
-            return text + f"faster than the roofline of {speed.device}, so it was on another device."
-        return text + f"it reached {speed.efficiency:.0%} of the roofline, not {speed.predicted_efficiency:.0%}."
+            return text + f"That is faster than the roofline of {speed.device}, so it ran on another device."
+        assumed = f"the prediction assumed {speed.predicted_efficiency:.0%}"
+        return text + f"The run reached {speed.efficiency:.0%} of the roofline; {assumed}."
 
     def _totals(self) -> str:
         time = self.time
@@ -210,11 +212,11 @@ class Report:
         if time.kilowatt_hours is not None:
             parts.append(f"{time.kilowatt_hours:.1f} kWh at the GPUs' full board power")
         if time.price is not None:
-            parts.append(f"{time.price:,.2f} at the price given")
+            parts.append(f"{time.price:,.2f} at the given price")
         return ", ".join(parts)
 
     def as_dict(self) -> dict:
-        """What --json prints; bytes, seconds, hours and counts are plain numbers."""
+        """What --json prints. Bytes, seconds, hours and counts are plain numbers."""
         return {
             "recipe": self.config.name,
             "source": self.config.source,
@@ -236,10 +238,10 @@ class Report:
 
 
 def make_report(request: Request) -> Report:
-    """Counts, simulates and extrapolates; takes 10 to 30 seconds.
+    """Counts parameters, simulates memory and extrapolates time. Takes 10 to 30 seconds.
 
     Raises:
-        UserError: at_run_speed is set and the run cannot tell its device's speed.
+        UserError: at_run_speed is set, but the speed of the run's device is not known.
     """
     config, device, gpus, efficiency = request.config, request.device, request.gpus, request.efficiency
     check_world(gpus, config.tensor_parallel)
@@ -265,13 +267,13 @@ def _calibrated(request: Request, speed: RunSpeed | None) -> tuple[Device, float
     run = request.run
     if not request.device.predicts_time_of(run.record.config.model.frozen_dtype):
         raise UserError(
-            f"The base of {run.path} is fp32, and the devices' rates are for bf16: give --device here, if it ran on "
-            "this CPU."
+            f"{run.path} trained over an fp32 base, but the devices' rates are for bf16. If it ran on this CPU, give "
+            "--device here."
         )
     if speed is None or not speed.is_possible:
         raise UserError(
-            f"{run.path} cannot tell how fast another recipe or number of GPUs is: it needs the --device that it ran "
-            "on, or --tflops, --bandwidth and --memory of it."
+            f"The speed of {run.path} on {request.device.name} is not known. Give the --device that it ran on, or the "
+            "--tflops, --bandwidth and --memory of that device."
         )
     return speed.calibrate(request.device)
 

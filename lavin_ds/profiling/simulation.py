@@ -1,8 +1,8 @@
-"""One training step at full size, simulated without its memory and without a GPU.
+"""Simulates one training step at full size, without its memory and without a GPU.
 
-The simulation runs one real optimizer step of the real model (forward, backward, AdamW) on fake tensors and follows
-every storage (tracker.py). It counts tensors. It does not count the CUDA context (about 0.5 GB), cuBLAS workspaces or
-what the allocator loses to fragmentation.
+The simulation runs one optimizer step of the real model (forward, backward, AdamW) on fake tensors and tracks every
+storage (tracker.py). It counts tensors. It does not count the CUDA context (about 0.5 GB), cuBLAS workspaces or the
+allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ COMPONENTS = {
     "frozen": "frozen weights: LLaMA and ViT",
     "adapters": "trainable parameters: adapters, neck, modality embedding",
     "gradients": "gradients of the trainable parameters",
-    "optimizer": "AdamW's two moments",
-    "zero": "DeepSpeed's ZeRO buffers, by its formulas",
-    "gathered": "ZeRO-3's whole parameters and gathering buffers",
+    "optimizer": "AdamW's two moments per trainable parameter",
+    "zero": "ZeRO's buffers, by DeepSpeed's formulas",
+    "gathered": "parameters that ZeRO-3 has gathered, and its buffers",
     "batch": "token ids, labels and images of the micro-batch",
     "activations": "kept from forward for backward",
-    "logits": "rows over the vocabulary, and what the loss makes of them",
-    "temporaries": "everything else: gradients of activations, recomputed activations, scratch",
+    "logits": "tensors with one column per vocabulary entry: logits, their gradients",
+    "temporaries": "the rest: gradients of activations, recomputed activations, scratch",
 }
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What one optimizer step of one rank holds and computes.
+    """The memory and the operations of one optimizer step on one rank.
 
-    phases: the peak of each phase (forward, backward, update) in bytes by component, keys of COMPONENTS.
-    moments: the operator at which each of those peaks is.
+    phases: the peak of each phase (forward, backward, update), in bytes by component (the keys of COMPONENTS).
+    moments: the operator at each of those peaks.
     """
 
     workload: Workload
     phases: dict[str, dict[str, int]]
     moments: dict[str, str]
     operations: list[Operation]
-    # Bytes by component after every allocation (columns in the order of COMPONENTS), and the number of its phase.
+    # After every allocation: bytes by component (columns in the order of COMPONENTS), and the index of the phase.
     timeline: np.ndarray = field(repr=False, compare=False)
     timeline_phases: np.ndarray = field(repr=False, compare=False)
 
@@ -68,7 +68,7 @@ class Simulation:
 
     @property
     def components(self) -> dict[str, int]:
-        """The peak in bytes by component."""
+        """Bytes by component at the step's peak."""
         return self.phases[self.peak_phase]
 
     @property
@@ -96,7 +96,7 @@ class Simulation:
 def simulate(config: RunConfig, workload: Workload, gpus: int = 1, make: Callable[..., Lavin] = Lavin) -> Simulation:
     """One optimizer step of `config` on one of `gpus` ranks. Takes 20 s at 13B.
 
-    A tensor-parallel rank holds and computes its slices. The moments, and with ZeRO-3 the parameters, are divided over
+    A tensor-parallel rank holds and computes its slices. ZeRO divides the moments (stage 3 also the parameters) over
     gpus / tensor_parallel data-parallel ranks. `make` builds the model: see build_on_meta.
 
     Raises:
@@ -123,7 +123,7 @@ def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
     """Runs and tracks one optimizer step as the training loop does, on real or fake tensors."""
     trainable = list(model.trainable().values())
     optimizer = torch.optim.AdamW(trainable)
-    # The moments exist from the first step on, so one step is made before the one that counts.
+    # AdamW allocates the moments in its first step. That step is made here, so the tracked one is a later step.
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -154,9 +154,10 @@ def trace_step(model: Lavin, batch: Batch, plan: ZeroPlan = NO_ZERO) -> Tracker:
 
 
 def _gathered(tracker: Tracker, model: Lavin, plan: ZeroPlan, began: int) -> list[Life]:
-    """What ZeRO-3 gathers, at its bound throughout forward and backward.
+    """The parameters that ZeRO-3 gathers, at their upper bound throughout forward and backward.
 
-    If the prefetch bucket holds the whole model, one buffer does, and it goes when the output layer begins.
+    If the prefetch bucket has room for the whole model, there is one buffer, and it is freed when the output layer
+    begins.
     """
     whole, buffer = plan.gathered_bytes(model)
     end = buffer_end = tracker.phase_ends["backward"]
@@ -180,7 +181,7 @@ def _label_the_rest(tracker: Tracker, vocabulary: int) -> None:
 def summarise(tracker: Tracker, workload: Workload, plan: ZeroPlan = NO_ZERO, accumulates: bool = False) -> Simulation:
     """Finds the peak of each phase of a tracked step.
 
-    accumulates: the step has several micro-batches, so gradients of earlier ones are held.
+    accumulates: the step has several micro-batches, so the gradients of earlier ones are also held.
     """
     trainable = sum(life.bytes for life in tracker.lives if life.label == "adapters") // FP32
     held, peaks, moments = Counter(zero=plan.standing_bytes(trainable, accumulates)), {}, {}
@@ -207,7 +208,7 @@ def _share(life: Life, plan: ZeroPlan) -> float:
 
 
 def _reduction_buckets(tracker: Tracker, plan: ZeroPlan) -> list[Life]:
-    """Stages 1 and 2 hold them from the first gradient to the end of the backward pass."""
+    """The reduction buckets of stages 1 and 2, which exist from the first gradient to the end of the backward pass."""
     born = [life.born for life in tracker.lives if life.label == "gradients"]
     if not born or plan.stage not in (1, 2):
         return []
@@ -218,7 +219,7 @@ def _reduction_buckets(tracker: Tracker, plan: ZeroPlan) -> list[Life]:
 
 
 def _in_order(lives: Iterable[Life]) -> Iterable[tuple[Life, bool]]:
-    """Allocations (True) and releases (False) in the order in which they happened."""
+    """Allocations (True) and releases (False), in the order they happened."""
     moments = [(life.born, life, True) for life in lives]
     moments += [(life.died, life, False) for life in lives if life.died != ALIVE]
     return [(life, grows) for _, life, grows in sorted(moments, key=lambda m: (m[0], not m[2]))]

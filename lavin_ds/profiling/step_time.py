@@ -1,9 +1,9 @@
-"""The time of a recipe, extrapolated: the operators of a simulated step on a roofline, times the steps.
+"""The extrapolated time of a recipe: the operators of a simulated step on a roofline, times the number of steps.
 
-An operator takes the time of its arithmetic at the device's peak rate or of its memory traffic at the device's
-bandwidth, whichever is longer. Their sum is divided by an assumed efficiency. What ranks send (gradients, the sums of
-tensor parallelism, ZeRO-3's gathering) is added at the speed of the device's link. Loading, evaluation, and waiting for
-other ranks for any reason but lengths are left out.
+Each operator takes the longer of two times: its arithmetic at the device's peak rate, and its memory traffic at the
+device's bandwidth. The sum over operators is divided by an assumed efficiency. Communication (gradients, the sums of
+tensor parallelism, ZeRO-3's gathering) is added at the speed of the device's link. Loading and evaluation are left out.
+Ranks wait for each other only because of different lengths.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ SAMPLED_STEPS = 200  # optimizer steps whose lengths are averaged
 
 @dataclass(frozen=True)
 class Pace:
-    """How a run goes through its training set, averaged over steps.
+    """Steps and lengths of a run over its training set, averaged over steps.
 
-    All ranks wait for the one with the most tokens, so the critical length decides the time.
+    All ranks wait for the one with the most positions, so the critical length decides the time.
     """
 
     steps: int  # optimizer steps
-    micro_batches: int  # of a rank in a step
-    samples: float  # of a micro-batch
-    mean_length: float  # positions of a sample
-    critical_length: float  # positions per sample, with padding, of the rank with the most at each micro-batch
-    tokens: int  # positions of all samples of the run, without padding
+    micro_batches: int  # per rank and step
+    samples: float  # per micro-batch
+    mean_length: float  # positions per sample
+    critical_length: float  # positions per sample, with padding, on the rank with the most in each micro-batch
+    tokens: int  # positions of all samples in the run, without padding
 
 
 def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
-    """Deals the recipe's first steps to ranks as training does."""
+    """The pace of a run. Deals the samples of the first steps to ranks as training does."""
     training = config.training
     check_world(gpus, config.tensor_parallel)
     ranks = gpus // config.tensor_parallel
@@ -55,7 +55,7 @@ def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
     per_rank = micro_batches(training.global_batch, ranks, training.micro_batch)
     steps = total_steps(count, training.epochs, training.global_batch)
     samples = training.global_batch / (ranks * per_rank)
-    no_image = np.zeros(training.global_batch, dtype=bool)  # it is not known which samples have one
+    no_image = np.zeros(training.global_batch, dtype=bool)  # which samples have an image is not known
     critical = []
     for step in range(min(steps, SAMPLED_STEPS)):
         chosen = global_batch_indices(count, training.global_batch, training.seed, step)
@@ -73,7 +73,7 @@ def pace(training_set: TrainingSet, config: RunConfig, gpus: int) -> Pace:
 
 
 def _positions(lengths: np.ndarray, packing: bool) -> int:
-    """Positions that a micro-batch of these samples computes, padding included."""
+    """Positions computed for a micro-batch of samples with these lengths, padding included."""
     return int(lengths.sum()) if packing else len(lengths) * int(lengths.max())
 
 
@@ -86,11 +86,11 @@ class TimeEstimate:
     efficiency: float
     hours: float
     step_seconds: float
-    step_flops: float  # of one rank
+    step_flops: float  # of one rank in one optimizer step
     roofline_seconds: float  # of one optimizer step at efficiency 1, without communication
-    communication_seconds: float  # of one optimizer step, none of it hidden behind arithmetic
+    communication_seconds: float  # of one optimizer step; none is hidden behind arithmetic
     exchanged_bytes: int  # sent by a rank in one optimizer step
-    kilowatt_hours: float | None  # of the GPUs alone, at their full board power
+    kilowatt_hours: float | None  # of the GPUs only, at full board power
     price: float | None  # of all GPU hours
     pace: Pace
     assumption: str
@@ -107,7 +107,11 @@ def estimate(
     efficiency: float = DEFAULT_EFFICIENCY,
     price: float | None = None,
 ) -> TimeEstimate:
-    """Hours for the whole recipe on `gpus` devices; `price` is of one GPU for one hour."""
+    """The time of the whole recipe on `gpus` devices. `price` is for one GPU and one hour.
+
+    Raises:
+        UserError: efficiency is not above 0 and at most 1.
+    """
     if not 0 < efficiency <= 1:
         raise UserError(f"efficiency is {efficiency}: it must lie above 0 and at most at 1.")
     if device.rates:
@@ -135,8 +139,8 @@ def estimate(
         pace=walk,
         assumption=(
             f"{device.name} at {speed}; {training_set.source}, mean "
-            f"{walk.mean_length:.0f} positions; {walk.critical_length:.0f} with padding and with the waiting for "
-            "the rank that holds the most at the time"
+            f"{walk.mean_length:.0f} positions; {walk.critical_length:.0f} with padding and with waiting for the rank "
+            "that has the most"
         ),
     )
 
@@ -147,13 +151,13 @@ def labelled_share(training_set: TrainingSet, walk: Pace) -> float:
 
 
 class MicroStep(NamedTuple):
-    """What one rank computes and sends for one micro-batch."""
+    """What one rank computes and sends per micro-batch."""
 
     flops: float
     roofline_seconds: float
     shared: float  # bytes of activations sent within a tensor-parallel group
-    exchanged: float  # bytes of gradients and parameters sent in every micro-batch
-    exchanged_once: float  # and in every optimizer step
+    exchanged: float  # bytes of gradients and parameters sent per micro-batch
+    exchanged_once: float  # bytes of gradients and parameters sent once per optimizer step
 
 
 def micro_step(simulation: Simulation, device: Device) -> MicroStep:
@@ -175,7 +179,7 @@ def _micro_step(config, training_set: TrainingSet, walk: Pace, device: Device, g
         workload = Workload(samples, round(walk.critical_length), count / samples, labelled)
         return from_few_layers(config, workload, lambda s: np.array(micro_step(s, device)), gpus)
 
-    # A simulation has a whole number of images, so a fraction is interpolated.
+    # A simulated micro-batch has a whole number of images, so a fraction is interpolated.
     costs = measure(low) if not share else (1 - share) * measure(low) + share * measure(low + 1)
     step, scale = MicroStep(*costs), walk.samples / samples
     count, degree = count_parameters(config), config.tensor_parallel

@@ -1,7 +1,7 @@
-"""What a step allocates and computes, operator by operator, on real or fake tensors.
+"""Tracks what a step allocates and computes, operator by operator, on real or fake tensors.
 
-A weak reference follows every storage from the operator that makes it until nothing holds it, autograd included: the
-view of a caching allocator. What a kernel allocates and frees within itself is not seen.
+A weak reference tracks every storage from the operator that makes it until nothing refers to it, autograd included.
+This is what a caching allocator sees. Memory that a kernel allocates and frees internally is not seen.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lavin_ds.models.meta import tensors_in
 
-ALIVE = -1  # `died` of a storage that still exists
+ALIVE = -1  # the `died` of a storage that still exists
 
 
 @dataclass(slots=True)
 class Life:
-    """One storage. `born` and `died` count the allocations and releases before."""
+    """One storage. `born` and `died` are times: the number of allocations and releases before."""
 
     bytes: int
     born: int
-    phase: str  # of its birth
-    operator: str  # that made it
-    shape: tuple[int, ...]  # of the first tensor seen on it
+    phase: str  # in which it was allocated
+    operator: str  # that allocated it
+    shape: tuple[int, ...]  # of the first tensor seen that uses it
     label: str | None = None
     died: int = ALIVE
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operator call: floating-point operations, bytes read and written, bytes a rank sends in a collective."""
+    """One operator call: FLOPs, bytes read and written, and bytes that a rank sends if it is a collective."""
 
     name: str
     phase: str
@@ -44,7 +44,7 @@ class Operation:
 
 
 class Tracker(TorchDispatchMode):
-    """Records storages and operations while it is entered."""
+    """Records storages and operations while it is active (`with tracker:`)."""
 
     def __init__(self, tensor_parallel: int = 1):
         super().__init__()
@@ -57,7 +57,7 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, Life] = {}  # by the address of the storage
 
     def tick(self) -> int:
-        """A moment for something that is not an allocation."""
+        """A time for an event that is not an allocation."""
         self._clock += 1
         return self._clock - 1
 
@@ -66,7 +66,7 @@ class Tracker(TorchDispatchMode):
         self.phase = name
 
     def label(self, tensors, label: str) -> None:
-        """Labels the storages of `tensors`, which may be older than the tracker."""
+        """Labels the storages of `tensors`, which may have been allocated before the tracker was active."""
         for tensor in tensors:
             self._see(tensor).label = label
 
@@ -85,7 +85,7 @@ class Tracker(TorchDispatchMode):
             size = sum(x.numel() * x.element_size() for x in outputs)
             self.operations.append(Operation(name, self.phase, 0, 0, exchanged=all_reduced(size, self.tensor_parallel)))
         elif not is_view:
-            has_rows = any(x.numel() for x in outputs)  # a product without rows reads no weight
+            has_rows = any(x.numel() for x in outputs)  # a matrix product with no rows does not read the weight
             moved = sum(x.numel() * x.element_size() for x in (*inputs, *outputs)) if has_rows else 0
             dtype = str(outputs[0].dtype).removeprefix("torch.") if outputs else "float32"
             self.operations.append(Operation(name, self.phase, _flops(func, args, kwargs, result), moved, dtype))
@@ -109,7 +109,7 @@ class Tracker(TorchDispatchMode):
 
 
 def all_reduced(bytes: int, ranks: int) -> int:
-    """Bytes that each of `ranks` sends to sum a tensor of that size over all of them in a ring."""
+    """Bytes that each of `ranks` sends to all-reduce a tensor of that many bytes in a ring."""
     return bytes * 2 * (ranks - 1) // ranks
 
 
@@ -118,7 +118,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _flops(func, args, kwargs, result) -> int:
-    """By the formulas of torch's FlopCounterMode: a multiply-add counts two."""
+    """FLOPs by the formulas of torch's FlopCounterMode. A multiply-add counts as two."""
     formula = ATTENTION_ON_CPU.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
@@ -131,7 +131,7 @@ def _cpu_attention_backward(grad, query, key, value, *args, out_val=None, **kwar
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# torch's registry has the attention kernels of GPUs only, and fake tensors run as CPU tensors.
+# torch's registry has only the attention kernels of GPUs, but fake tensors run as CPU tensors.
 ATTENTION_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,

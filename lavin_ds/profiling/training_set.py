@@ -1,4 +1,4 @@
-"""The lengths of a training set: of shards, or assumed for ScienceQA."""
+"""The lengths of a training set: read from shards, or assumed for ScienceQA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lavin_ds.run import RunRecord
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What the time of a run depends on."""
+    """The properties of a training set that a run's time depends on."""
 
     lengths: np.ndarray  # [samples] positions, the modality token included
     image_fraction: float
@@ -23,20 +23,20 @@ class TrainingSet:
     source: str
 
 
-# ScienceQA's train split. Sizes and images: paper 1, section 4.1, and the official problems.json. The lengths are
-# assumed: every 20th part of the distribution of 1,088 of its 12,726 samples (a real subset, biased towards hard items)
-# with LLaMA's tokenizer, QCM-ALE and six visual tokens.
+# ScienceQA's train split. The counts of samples and images are from paper 1, section 4.1, and the official
+# problems.json. The lengths are assumed: the quantiles 0, 0.05, ..., 1 of 1,088 of its 12,726 samples (a real subset,
+# biased towards hard items), with LLaMA's tokenizer, QCM-ALE and six visual tokens.
 SCIENCEQA_SAMPLES = 12_726
 SCIENCEQA_IMAGES = 6_218
 LENGTH_QUANTILES = (
     *(49, 96, 174, 197, 212, 224, 240, 252, 264, 272),
     *(282, 289, 300, 320, 339, 366, 388, 428, 461, 493, 512),
 )
-LABELLED_FRACTION = 0.70  # of the same samples' positions
+LABELLED_FRACTION = 0.70  # of the positions of the same 1,088 samples
 
 
 def scienceqa(max_length: int) -> TrainingSet:
-    """ScienceQA's train split with the assumed lengths; mean 295 positions."""
+    """ScienceQA's train split with the assumed lengths (mean 294 positions, if none is cut to max_length)."""
     rank = (np.arange(SCIENCEQA_SAMPLES) + 0.5) / SCIENCEQA_SAMPLES
     lengths = np.interp(rank, np.linspace(0, 1, len(LENGTH_QUANTILES)), LENGTH_QUANTILES).round().astype(int)
     return TrainingSet(
@@ -54,7 +54,7 @@ def from_shards(directory: Path, visual_tokens: int) -> TrainingSet:
     reader = ShardReader(directory, "train")
     rows = reader.trainable
     if not len(rows):
-        raise UserError(f"{directory} has no train sample with a label: prepare more data.")
+        raise UserError(f"{directory} has no training sample with a label. Prepare more data.")
     lengths = reader.lengths(visual_tokens)[rows] + 1
     return TrainingSet(
         lengths=lengths,
@@ -67,7 +67,9 @@ def from_shards(directory: Path, visual_tokens: int) -> TrainingSet:
 def find_training_set(
     config: RunConfig, record: RunRecord | None = None, data: Path | None = None
 ) -> TrainingSet | None:
-    """The shards in `data`, or the run's own if they suit the recipe, or ScienceQA. None for other data.
+    """The shards in `data`; else the run's own shards if they suit the recipe; else ScienceQA, if the recipe is for it.
+
+    Returns None if the lengths are not known.
 
     Raises:
         UserError: training would refuse the shards in `data`.

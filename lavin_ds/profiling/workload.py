@@ -13,12 +13,12 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.data.sampler import micro_batches
 from lavin_ds.errors import UserError
 
-VISUAL_START = 4  # after BOS and "Image: ", 3 pieces in LLaMA's tokenizer; the cost does not depend on it
+VISUAL_START = 4  # after BOS and the 3 tokens of "Image: " in LLaMA's tokenizer; the cost does not depend on it
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One micro-batch. All samples have `length` positions, the modality token included."""
+    """One micro-batch. All samples have `length` positions, including the modality token."""
 
     samples: int
     length: int
@@ -27,7 +27,9 @@ class Workload:
 
     def __post_init__(self):
         if self.samples < 1 or self.length < 2:
-            raise UserError(f"A micro-batch needs a sample of 2 positions: got {self.samples} of {self.length}.")
+            raise UserError(
+                f"A micro-batch needs at least 1 sample of at least 2 positions: got {self.samples} of {self.length}."
+            )
         for name in ("image_fraction", "labelled_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1.")
@@ -40,8 +42,8 @@ class Workload:
 def worst_case(config: RunConfig, gpus: int | None = None, length: int | None = None) -> Workload:
     """The micro-batch that sets the peak: full length, an image in every sample, a label in every position.
 
-    Its samples are those that a micro-batch gets when the ranks share a global batch of samples of that length: at most
-    `micro_batch`, fewer if there are many ranks. gpus: by default those of one model.
+    It has as many samples as a rank gets when a global batch of such samples is divided: at most `micro_batch`, fewer
+    with many ranks. gpus: by default one model's (tensor_parallel).
     """
     training = config.training
     ranks = (gpus or config.tensor_parallel) // config.tensor_parallel
@@ -54,13 +56,13 @@ def worst_case(config: RunConfig, gpus: int | None = None, length: int | None = 
 
 
 def make_batch(model: ModelConfig, workload: Workload, packing: bool = False) -> Batch:
-    """A micro-batch of zeros of that shape: one row per sample, or all in one row. Samples with an image come first."""
-    B, T = workload.samples, workload.length - 1  # the model itself puts the modality token before the ids
+    """A micro-batch of zeros of that shape. One row per sample, or one row in all if packed. Images come first."""
+    B, T = workload.samples, workload.length - 1  # the model adds the modality token before the ids
     labelled = min(T, round(workload.length * workload.labelled_fraction))
     images = workload.images if model.vision else 0
     needed = VISUAL_START + model.visual_tokens
     if images and workload.length <= needed:
-        raise UserError(f"length {workload.length} has no room for {model.visual_tokens} visual tokens.")
+        raise UserError(f"Samples of length {workload.length} have no room for {model.visual_tokens} visual tokens.")
     labels_BT = torch.full((B, T), IGNORE)
     labels_BT[:, T - labelled :] = 0
     size = model.vision.image_size if images else 0

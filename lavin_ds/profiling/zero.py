@@ -1,12 +1,13 @@
-"""What DeepSpeed's ZeRO divides over the ranks, and the memory and traffic that it adds.
+"""How DeepSpeed's ZeRO divides a model over the ranks, and the memory and traffic that it adds.
 
 Stages 1 and 2 divide the moments and an fp32 copy of the trainable parameters. They hold a reduction buffer of
 `reduce_bucket_size` elements, two with `overlap_comm`, from a micro-batch's first gradient to the end of its backward
 pass, no matter how few gradients there are.
 
-Stage 3 also divides every parameter and gathers it while it is in use. Its reduction buffer and this rank's gradients
-are held all the time. What is gathered is bounded, not re-enacted: see `ZeroPlan.gathered_bytes`. Linear layers become
-DeepSpeed's own, which keep their inputs for the backward pass even if the weight is frozen.
+Stage 3 also divides every parameter and gathers it while it is in use. Its reduction buffer and this rank's share of
+the gradients are held all the time. Gathered memory is not simulated but bounded from above: see
+`ZeroPlan.gathered_bytes`. Linear layers become DeepSpeed's own, which keep their inputs for the backward pass even if
+the weight is frozen.
 
 The rules are those of DeepSpeed 0.19 (runtime/zero: stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py).
 tests/profiling/test_zero.py and benchmarks/cost_model.py compare them with real steps.
@@ -27,7 +28,7 @@ from lavin_ds.config import RunConfig
 from lavin_ds.profiling.tracker import Operation, all_reduced
 from lavin_ds.training.deepspeed_config import read_deepspeed_config
 
-FP32 = 4  # bytes; the trainable parameters and their gradients
+FP32 = 4  # bytes per trainable parameter and per gradient
 GATHERING, REDUCING, UPDATING = "all_gather", "reduce gradients", "gather parameters"
 ZERO_OPERATIONS = (GATHERING, REDUCING, UPDATING)
 
@@ -49,7 +50,7 @@ class ZeroPlan:
 
     @property
     def gathers(self) -> bool:
-        """Whether a rank holds a part of every parameter and gathers the whole while it is in use."""
+        """Whether a rank holds a part of every parameter and gathers the rest while it is in use."""
         return self.stage == 3 and self.ranks > 1
 
     @property
@@ -58,7 +59,7 @@ class ZeroPlan:
         return 0.0 if self.offload_optimizer else 1.0 if self.stage == 0 else 1 / self.ranks
 
     def weight_share(self, elements: int) -> float:
-        """The share of a parameter on this rank while it is not gathered. Stage 3 keeps small ones whole as well."""
+        """The share of a parameter on this rank while it is not gathered. Stage 3 also keeps small ones whole."""
         if not self.gathers:
             return 1.0
         return 1 / self.ranks + (1.0 if elements <= self.persistence_threshold else 0.0)
@@ -67,7 +68,10 @@ class ZeroPlan:
         return self.buckets * FP32 * self.bucket_size
 
     def standing_bytes(self, trainable: int, accumulates: bool) -> int:
-        """Bytes held between steps beside parameters and moments. accumulates: a step has several micro-batches."""
+        """Bytes held between steps, in addition to parameters and moments.
+
+        accumulates: a step has several micro-batches.
+        """
         part = FP32 * trainable // self.ranks
         if self.stage == 0:
             return FP32 * trainable if accumulates else 0
@@ -76,13 +80,13 @@ class ZeroPlan:
         return (0 if self.offload_optimizer else part) + (part if accumulates else 0)
 
     def gathered_bytes(self, model: nn.Module) -> tuple[int, int]:
-        """Upper bounds of what stage 3 gathers at once: of the whole parameters, and of the buffer beside them.
+        """Upper bounds of the bytes that stage 3 holds gathered at once: in whole parameters, and in its buffer.
 
-        With prefetching, gathering runs ahead until `max_live` elements are whole. Without, a parameter stays whole
-        only if its next use is within `max_reuse_distance` elements: in the forward pass that is true of the last
-        half of that distance, as the backward pass comes back the same way. A module's own parameters are added to
-        both. Parameters that were gathered together also lie in one buffer until the last of them is used; without
-        prefetching, the next module's may be gathered before the last one's are released.
+        With prefetching, gathering runs ahead until `max_live` elements are whole. Without prefetching, a parameter
+        stays whole only if its next use is within `max_reuse_distance` elements. In the forward pass, that holds for
+        the last half of that distance, because the backward pass visits the modules in reverse. The largest module
+        is added to both bounds. Parameters that are gathered together also share a buffer until the last of them is
+        used. Without prefetching, a module's parameters may be gathered before the previous module's are released.
         """
         modules = [
             [p for p in module.parameters(recurse=False) if p.numel() > self.persistence_threshold]
@@ -102,11 +106,11 @@ class ZeroPlan:
     def traffic(self, trainable: int, elements: int, bytes: int) -> list[Operation]:
         """What a rank sends in a step of one micro-batch.
 
-        trainable: the number of trainable parameters. elements, bytes: of all parameters on a rank before ZeRO.
+        trainable: number of trainable parameters. elements, bytes: of all parameters on a rank, before ZeRO.
 
-        Half of an all-reduce sums the gradients, the other half distributes what became of them. From stage 2 on the
-        first half is sent in every micro-batch. Stage 3 gathers every parameter in the forward and the backward pass
-        of every micro-batch, or once if all of them stay whole in between.
+        The first half of an all-reduce sums the gradients, the second half distributes the result. From stage 2 on,
+        the first half is sent in every micro-batch. Stage 3 gathers every parameter in the forward and again in the
+        backward pass of every micro-batch, or only once if all parameters stay whole in between.
         """
         if self.ranks == 1:
             return []
@@ -129,7 +133,7 @@ def _sent(name: str, phase: str, bytes: int) -> Operation:
 
 
 def zero_plan(config: RunConfig, gpus: int) -> ZeroPlan:
-    """The plan of the recipe's DeepSpeed configuration. Defaults are DeepSpeed's (runtime/zero/config.py)."""
+    """The plan for the recipe's DeepSpeed configuration. Defaults are DeepSpeed's (runtime/zero/config.py)."""
     zero = read_deepspeed_config(config.deepspeed).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     ranks = gpus // config.tensor_parallel
@@ -161,8 +165,8 @@ def linear_layers_of(plan: ZeroPlan) -> Iterator[None]:
         yield
         return
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints a warning to stdout
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # here, as it takes seconds and stage 3 alone needs it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints a warning to stdout
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # slow import; only stage 3 needs it
 
     plain = F.linear
     F.linear = zero3_linear_wrap

@@ -1,15 +1,15 @@
-"""Checkpoints: the trainables and their optimizer moments, whole, in one file, at any ZeRO stage.
+"""Checkpoints: one file with the whole trainable parameters and their optimizer moments, at any ZeRO stage.
 
     RUN/checkpoints/step-00000200/state.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME, fp32
     RUN/checkpoints/step-00000200/state.json          position of the run, checksums of both files
 
-Nothing else is needed to go on: the order of samples, the learning rate and the dropout of a step are functions
-of (seed, step). At 3.8M parameters the file has 45 MB, so it is not split over ranks, and a run can be resumed with
+A resumed run needs nothing else: the order of samples, the learning rate and the dropout of a step are functions of
+(seed, step). At 3.8M parameters the file takes 45 MB, so it is not sharded over ranks. A run can be resumed with
 another number of ranks or at another ZeRO stage.
 
-A checkpoint is written to a folder of another name, flushed to disk and renamed. One whose checksum does not match is
-renamed to damaged-step-00000200: it stays there for a person to look at and no code reads it. A checkpoint that merely
-cannot be read now, or that another version wrote, is never renamed: the run stops and says so.
+A checkpoint is written to a folder of another name, flushed to disk and renamed. If a checksum does not match, the
+checkpoint is renamed to damaged-step-00000200; no code reads it, but a person can. A checkpoint that cannot be read
+now, or that another version wrote, is never renamed: the run stops with an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import nn
 from lavin_ds.data.shards import file_sha256
 from lavin_ds.errors import UserError
 from lavin_ds.files import sync, write_json
-from lavin_ds.training import scale
+from lavin_ds.training.loss_scale import INITIAL_SCALE
 from lavin_ds.weights.tensor_files import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,20 +47,20 @@ FORMAT = 1  # of state.json
 
 
 class DamagedCheckpoint(Exception):
-    """The content of a checkpoint's file does not match its checksum; the message says which file."""
+    """A file of a checkpoint does not match its checksum. The message names the file."""
 
 
 @dataclass(frozen=True)
 class Position:
     """Where a run stands.
 
-    step: optimizer steps done, skipped ones included. updates: without the skipped ones; AdamW's bias correction needs
-    it. loss_scale and loss_scale_age: see scale.py. val_loss: of these parameters, None if they were not validated.
+    step: optimizer steps done, skipped ones included. updates: those not skipped, as AdamW's bias correction needs.
+    loss_scale, loss_scale_age: see loss_scale.py. val_loss: of these parameters; None if they were not validated.
     """
 
     step: int
     updates: int
-    loss_scale: float = scale.START
+    loss_scale: float = INITIAL_SCALE
     loss_scale_age: int = 0
     val_loss: float | None = None
 
@@ -70,18 +70,18 @@ START = Position(step=0, updates=0)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: `kind/parameter name` to fp32 tensors on the CPU."""
+    """tensors: fp32, on the CPU, by `value/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`."""
 
     at: Position
     tensors: dict[str, torch.Tensor]
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Trainable values by parameter name."""
+        """The values of the trainable parameters, by name."""
         return {k.removeprefix("value/"): t for k, t in self.tensors.items() if k.startswith("value/")}
 
 
 def gather_values(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Whole fp32 values of the trainables on the CPU. Every rank must call it."""
+    """Whole fp32 values of the trainable parameters, on the CPU. Every rank must call it."""
     if engine.zero_optimization_stage() == 0:
         return {name: p.detach().float().cpu().clone() for name, p in trainable.items()}
     return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in trainable.items()}
@@ -95,13 +95,13 @@ def save(
     keep: int,
     warn: Callable[[str], None],
 ) -> None:
-    """Writes a checkpoint and removes all but the newest `keep` and the one with the least validation loss.
+    """Writes a checkpoint, and removes all but the newest `keep` and the one with the lowest validation loss.
 
-    Every rank must call it, at most once per step; rank 0 writes, and all return when the checkpoint is on disk.
+    Every rank must call it, at most once per step. Rank 0 writes; all ranks return when the checkpoint is on disk.
     `warn(sentence)` is called if an old checkpoint cannot be removed.
 
     Raises:
-        UserError: on rank 0, it cannot be written. The checkpoints before it are as they were.
+        UserError: on rank 0, if the checkpoint cannot be written. Earlier checkpoints are unchanged.
     """
     values = gather_values(engine, trainable)
     tensors = {f"value/{name}": value for name, value in values.items()}
@@ -109,7 +109,7 @@ def save(
         _link_moments(engine)
     for moment in MOMENTS:
         for name, parameter in trainable.items():
-            # Before the first update the optimizer has no moments yet.
+            # The optimizer has no moments before the first update.
             whole = _get_moment(engine, parameter, moment) if at.updates else torch.zeros_like(values[name])
             tensors[f"{moment}/{name}"] = whole.cpu().clone()
     if dist.get_rank() == 0:
@@ -135,7 +135,7 @@ def _write(folder: Path, at: Position, tensors: dict[str, torch.Tensor]) -> None
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
-            f"The checkpoint of step {at.step} cannot be written to {folder}: {error}. Those before it are intact: "
+            f"The checkpoint of step {at.step} cannot be written to {folder}: {error}. Earlier checkpoints are intact: "
             "free space and go on with --resume auto."
         ) from None
 
@@ -150,10 +150,10 @@ def _record_sha256(record: dict) -> str:
 
 
 def set_validation_loss(folder: Path, step: int, val_loss: float) -> None:
-    """Adds to a checkpoint the validation loss of its parameters.
+    """Adds a validation loss to a checkpoint that was saved without one.
 
     Raises:
-        UserError, DamagedCheckpoint: it cannot be read.
+        UserError, DamagedCheckpoint: its record cannot be read.
     """
     at, sha256 = _read_record(folder, step)
     _write_record(folder / _name(step), replace(at, val_loss=val_loss), sha256)
@@ -163,13 +163,13 @@ def _prune(folder: Path, keep: int, warn: Callable[[str], None]) -> None:
     steps = list_steps(folder)
     try:
         best = best_step(folder)
-    except UserError as error:  # perhaps it is the best one that cannot be read
-        warn(f"{error} Old checkpoints stay until the next one is saved.")
+    except UserError as error:  # the checkpoint that cannot be read may be the best one
+        warn(f"{error} Old checkpoints are kept until the next one is saved.")
         return
     for old in sorted(set(steps) - {*steps[-keep:], best}):
         try:
             shutil.rmtree(folder / _name(old))
-        except OSError as error:  # it costs space, not the run
+        except OSError as error:  # this costs disk space, but the run can go on
             warn(f"The old checkpoint {folder / _name(old)} cannot be removed: {error}.")
 
 
@@ -179,7 +179,7 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def best_step(folder: Path) -> int | None:
-    """Step of the checkpoint with the least validation loss, the first of equals; None if none was validated.
+    """Step of the checkpoint with the lowest validation loss (the first one if equal); None if none was validated.
 
     Raises:
         UserError: a state.json cannot be read.
@@ -189,7 +189,7 @@ def best_step(folder: Path) -> int | None:
 
 
 def best_loss(folder: Path) -> float | None:
-    """Least validation loss of the checkpoints; None if none was validated. Raises UserError as best_step."""
+    """Lowest validation loss of the checkpoints; None if none was validated. Raises UserError as best_step."""
     return min(_validation_losses(folder).values(), default=None)
 
 
@@ -206,10 +206,10 @@ def _validation_losses(folder: Path) -> dict[int, float]:
 
 
 def _read_record(folder: Path, step: int) -> tuple[Position, str]:
-    """What state.json says: the position, and the checksum of the tensors.
+    """Reads state.json: the position, and the checksum of state.safetensors.
 
     Raises:
-        DamagedCheckpoint: its checksum does not match.
+        DamagedCheckpoint: the checksum of state.json does not match.
         UserError: it cannot be read now, or another version of lavin_ds wrote it.
     """
     file = folder / _name(step) / "state.json"
@@ -217,8 +217,8 @@ def _read_record(folder: Path, step: int) -> tuple[Position, str]:
         record = json.loads(_read(file))
         format = record["format"]
     except (ValueError, TypeError, KeyError):
-        raise DamagedCheckpoint("state.json is no record of a checkpoint") from None
-    if format != FORMAT:  # before the checksum, which that version may compute in another way
+        raise DamagedCheckpoint("state.json is not a checkpoint record") from None
+    if format != FORMAT:  # checked before the checksum, which another version may compute differently
         raise UserError(
             f"{file} has format {format}; this version of lavin_ds reads format {FORMAT}. Resume with the version that "
             "wrote it, or give another --out."
@@ -230,8 +230,8 @@ def _read_record(folder: Path, step: int) -> tuple[Position, str]:
         told = [f"unknown key {key}" for key in record if key not in keys]
         told += [f"no key {key}" for key in keys if key not in record]
         raise UserError(
-            f"{file} is of another version of lavin_ds ({', '.join(sorted(told))}): resume with that one, or give "
-            "another --out."
+            f"{file} was written by another version of lavin_ds ({', '.join(sorted(told))}): resume with that version, "
+            "or give another --out."
         )
     del record["format"]
     sha256 = record.pop("sha256")
@@ -240,11 +240,11 @@ def _read_record(folder: Path, step: int) -> tuple[Position, str]:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()  # not mapped: NFS keeps the folder of a mapped file
+        return file.read_bytes()  # not memory-mapped: on NFS the folder of a mapped file cannot be removed
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}). The checkpoint is left as it is: see to the disk and start "
-            f"again, or, to go on from the checkpoint before it, move {file.parent} elsewhere."
+            f"{file} cannot be read ({error.strerror}). The checkpoint is left as it is. Check the disk and start "
+            f"again, or move {file.parent} elsewhere to go on from the checkpoint before it."
         ) from None
 
 
@@ -263,10 +263,10 @@ def load(folder: Path, step: int) -> Checkpoint:
 
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose checksums match, None if there is none.
+    """The newest checkpoint whose checksums match; None if there is none.
 
-    Each newer one is damaged. It is renamed, as it would otherwise count as one of those that `save` keeps, and would
-    be in the way when its step is saved again; `warn(sentence)` is told.
+    Newer checkpoints, which are damaged, are renamed: otherwise `save` would count them among those it keeps, and could
+    not save their steps again. `warn(sentence)` is called for each.
 
     Raises:
         UserError: the newest one cannot be read now, or another version of lavin_ds wrote it.
@@ -277,20 +277,20 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except DamagedCheckpoint as error:
             damaged = folder / _name(step)
             aside = folder / f"damaged-{_name(step)}"
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            shutil.rmtree(aside, ignore_errors=True)  # from an earlier start
             damaged.rename(aside)
             warn(
-                f"The checkpoint {damaged} is damaged ({error}): going back to the one before it. It is now "
-                f"{aside.name}, which is not used: delete it after a look."
+                f"The checkpoint {damaged} is damaged ({error}): going back to the one before it. It is renamed to "
+                f"{aside.name} and not used. You can delete it."
             )
     return None
 
 
 def load_newest_on_all_ranks(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """`load_newest` of rank 0, then read by every rank from the disk. Every rank must call it.
+    """Rank 0 chooses a checkpoint by `load_newest`, and every rank reads it from disk. Every rank must call it.
 
     Raises:
-        UserError: on all ranks alike, as load_newest, or if a rank does not find what rank 0 found.
+        UserError: on all ranks, as load_newest, or if a rank does not find the checkpoint that rank 0 found.
     """
     newest, found, trouble = None, None, None
     if dist.get_rank() == 0:
@@ -312,14 +312,14 @@ def load_newest_on_all_ranks(folder: Path, warn: Callable[[str], None]) -> Check
     if others:
         told = f"the checkpoint of step {found[0].step}" if found else "no checkpoint"
         raise UserError(
-            f"The ranks do not see the same in {folder}. Rank 0 finds {told}; rank {', '.join(map(str, others))}: "
-            f"{troubles[others[0]]} --out must be on a file system that all nodes share."
+            f"The ranks do not see the same files in {folder}. Rank 0 finds {told}; rank {', '.join(map(str, others))}:"
+            f" {troubles[others[0]]} --out must be on a file system that all nodes share."
         )
     return newest
 
 
 def _load_the_same(folder: Path, found: tuple[Position, str] | None) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint that rank 0 found, given its position and checksum; or what keeps this rank from reading it."""
+    """The checkpoint that rank 0 found, given its position and checksum; or why this rank cannot read it."""
     if found is None:
         steps = list_steps(folder)
         return None, f"the checkpoint of step {steps[-1]}." if steps else None
@@ -337,11 +337,12 @@ def _load_the_same(folder: Path, found: tuple[Position, str] | None) -> tuple[Ch
 
 
 def load_best(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint with the least validation loss of those whose checksums match; `warn(sentence)` is told of a
-    better one that is damaged.
+    """The checkpoint with the lowest validation loss among those whose checksums match.
+
+    `warn(sentence)` is called for each better one that is damaged.
 
     Raises:
-        UserError: one cannot be read now.
+        UserError: a checkpoint cannot be read now.
     """
     losses = _validation_losses(folder)
     for step in sorted(losses, key=losses.__getitem__):
@@ -349,16 +350,16 @@ def load_best(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             return load(folder, step)
         except DamagedCheckpoint as error:
             warn(
-                f"The checkpoint {folder / _name(step)}, of the best validation, is damaged ({error}): taking the next "
-                "best."
+                f"The checkpoint {folder / _name(step)}, with the lowest validation loss, is damaged ({error}): using "
+                "the next best."
             )
     return None
 
 
 def load_optimizer(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Parameter], checkpoint: Checkpoint):
-    """Puts a checkpoint's moments into the engine's optimizer, each rank its own part.
+    """Loads a checkpoint's moments into the engine's optimizer; each rank loads its own part.
 
-    The values themselves go into the model before the engine is built.
+    The parameters themselves are loaded into the model before the engine is built.
     """
     stage = engine.zero_optimization_stage()
     optimizer = engine.optimizer.optimizer if stage else engine.optimizer
@@ -374,7 +375,7 @@ def load_optimizer(engine: deepspeed.DeepSpeedEngine, trainable: dict[str, nn.Pa
 
 
 def _optimized(engine) -> list[torch.Tensor]:
-    """The tensors that this rank's AdamW updates: parameters, or flat parts of them under ZeRO."""
+    """The tensors that AdamW updates on this rank: parameters, or under ZeRO flat shards of them."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [p for group in engine.optimizer.param_groups for p in group["params"]]
@@ -384,10 +385,10 @@ def _optimized(engine) -> list[torch.Tensor]:
 
 
 def _link_moments(engine) -> None:
-    """Tells DeepSpeed's accessors where the moments of each parameter are.
+    """Links each parameter to its moments, for DeepSpeed's accessors.
 
-    ZeRO 1 and 2 do that in their first step, but when only the first parameter group has moments: those of the second
-    are never found (DeepSpeed 0.19). And here it may be needed before the first step.
+    ZeRO 1 and 2 do that in their first step, at a moment when only the first parameter group has moments, so those of
+    the second group are never found (DeepSpeed 0.19). And here the links may be needed before the first step.
     """
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
@@ -406,7 +407,7 @@ def _set_moment(engine, parameter: nn.Parameter, moment: str, value: torch.Tenso
     if stage == 0:
         engine.optimizer.state[parameter][moment].copy_(value)
     elif stage == 3:
-        # safe_set_full_optimizer_state fails if the ranks do not divide the parameter: its last part is padded.
+        # safe_set_full_optimizer_state fails if the parameter does not divide evenly: its last shard is padded.
         part = safe_get_local_optimizer_state(parameter, moment).numel()
         rank = dist.get_rank(engine.optimizer.dp_process_group)
         padded = F.pad(value.flatten(), (0, part * (rank + 1)))

@@ -1,4 +1,4 @@
-"""What a run prints: on a terminal a status line that is updated, elsewhere a line every ten seconds; then a table."""
+"""What a run prints: a live status line on a terminal, else a line every ten seconds; and a table at the end."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MIB, GIB = 2**20, 2**30
 
 
 class TrainingConsole:
-    """Prints on rank 0; silent on other ranks (`enabled` is false)."""
+    """Prints on rank 0. On other ranks `enabled` is false, and it prints nothing."""
 
     def __init__(self, enabled: bool, peak_share: Callable[[StepResult], float | None] = lambda _: None):
-        """peak_share: the share of the device's peak rate that a step reached, None if not known."""
+        """peak_share: returns the share of the device's peak FLOP/s that a step reached; None if that is unknown."""
         self.peak_share = peak_share
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.live: Live | None = None
@@ -52,7 +52,7 @@ class TrainingConsole:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Shows in the status line what is done between two steps."""
+        """Shows `what` in the status line while the body runs between two steps."""
         self.line.doing = what
         yield
         self.line.doing = "training"
@@ -64,9 +64,9 @@ class TrainingConsole:
             line.scores = scores
         if result.skipped:
             line.skipped += 1
-            why = f"{len(result.suspects)} suspected samples are in metrics.jsonl"
+            why = f"metrics.jsonl names {len(result.suspects)} suspected samples"
             if not result.suspects:
-                why = "fp16 overflowed, the loss scale is halved"
+                why = "fp16 overflowed, so the loss scale is halved"
             self.warn(f"step {result.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; {why}")
         if self.live:
             return
@@ -95,7 +95,7 @@ class TrainingConsole:
             ("adapters", f"{out / 'adapter.safetensors'} ({summary['adapter_bytes'] / 1e6:.2f} MB)"),
         ]
         if (best := out / "adapter-best.safetensors").is_file():
-            rows.append(("of the best validation", str(best)))
+            rows.append(("adapters, best validation", str(best)))
         rows.append(("loss curve", str(out / "loss.png")))
         for name, text in rows:
             table.add_row(name, Text(text, overflow="fold"))
@@ -108,7 +108,7 @@ class TrainingConsole:
 
 
 class _Line:
-    """The status line. On a terminal it shows as many fields, in their order, as fit the width."""
+    """The status line. On a terminal it shows as many of the first fields as fit the width."""
 
     def __init__(self, first_step: int, total_steps: int, peak_share: Callable[[StepResult], float | None]):
         self.peak_share = peak_share
@@ -156,7 +156,7 @@ class _Line:
 
 
 def _peak_memory() -> int:
-    """Bytes on this rank's device; for a CPU, of its resident set."""
+    """Peak bytes on this rank's device; on a CPU, of its resident set."""
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return get_accelerator().max_memory_allocated()

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: reading it, and refusing what the recipe sets or what cannot work."""
+"""Reads the DeepSpeed JSON of a run, and refuses keys that the recipe sets or that cannot work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DECIDED_BY_RECIPE = (
     "bf16",
     "fp16",
 )
-# Monitors that need a package, and how to get it.
+# Monitors that need a package: the package, and how to install it.
 MONITOR_PACKAGES = {
     "tensorboard": ("tensorboard", "pip install 'lavin_ds[metrics]'"),
     "wandb": ("wandb", "pip install 'lavin_ds[wandb]'"),
@@ -34,16 +34,16 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def check_deepspeed_config(name_or_file: str) -> str:
-    """Reads a DeepSpeed JSON and says what it sets.
+    """Reads a DeepSpeed JSON and returns a summary of it.
 
     Raises:
-        UserError: as read_deepspeed_config; or DeepSpeed would fail with it minutes later, or ignore a part of it.
+        UserError: as read_deepspeed_config; or DeepSpeed would fail minutes later, or ignore a part of the file.
     """
     config = read_deepspeed_config(name_or_file)
     zero = config.get("zero_optimization", {})
     stage = zero_stage(config)
     if stage not in (0, 1, 2, 3):
-        raise UserError(f"The DeepSpeed configuration {name_or_file} sets ZeRO stage {stage}: there are 0, 1, 2 and 3.")
+        raise UserError(f"The DeepSpeed configuration {name_or_file} sets ZeRO stage {stage}: give 0, 1, 2 or 3.")
     said = f"{name_or_file}: ZeRO stage {stage}"
     for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = zero.get(part, {}).get("device", "none")
@@ -52,7 +52,7 @@ def check_deepspeed_config(name_or_file: str) -> str:
         if stage not in stages:
             raise UserError(
                 f"The DeepSpeed configuration {name_or_file} sets {part}, which works at ZeRO stage "
-                f"{' and '.join(map(str, stages))}, not {stage}: remove it there or change the stage."
+                f"{' and '.join(map(str, stages))}, not {stage}: remove it from that file, or change the stage."
             )
         said += f", {part} to {device}"
     for monitor, (package, remedy) in MONITOR_PACKAGES.items():
@@ -67,16 +67,16 @@ def check_deepspeed_config(name_or_file: str) -> str:
 
 
 def read_deepspeed_config(name_or_file: str) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON by its name in ds_configs/ or by path.
+    """Reads a DeepSpeed JSON, given its name in ds_configs/ or its path.
 
     Raises:
-        UserError: no such file, not JSON, or it sets what the recipe decides.
+        UserError: there is no such file, or it is not JSON, or it sets a key that the recipe sets.
     """
     shipped = files("lavin_ds.ds_configs")
     path = Path(name_or_file)
     if path.suffix == ".json":
         if not path.is_file():
-            raise UserError(f"The DeepSpeed configuration {path} does not exist: check the recipe's key deepspeed.")
+            raise UserError(f"The DeepSpeed configuration {path} does not exist: correct the recipe's key deepspeed.")
         text = path.read_text(encoding="utf-8")
     else:
         entry = shipped / f"{name_or_file}.json"
@@ -96,6 +96,7 @@ def read_deepspeed_config(name_or_file: str) -> dict[str, Any]:
     for key in DECIDED_BY_RECIPE:
         if key in config:
             raise UserError(
-                f"The DeepSpeed configuration {name_or_file} sets {key}, which the recipe decides: remove it there."
+                f"The DeepSpeed configuration {name_or_file} sets {key}, which the recipe decides: remove it from that "
+                "file."
             )
     return config

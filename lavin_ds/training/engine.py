@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around LaVIN: process groups, ZeRO configuration, optimizer."""
+"""Builds the DeepSpeed engine around LaVIN: process groups, ZeRO configuration, optimizer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FILE_MONITORS = ("tensorboard", "csv_monitor")
 
 
 def start_distributed() -> torch.device:
-    """Joins the launcher's process group, or makes a world of one without a launcher; returns this rank's device."""
-    # DeepSpeed calls these at every step, and a user cannot change that.
+    """Joins the launcher's process group, or makes a world of one if there is none. Returns the rank's device."""
+    # DeepSpeed calls these in every step, and a user cannot change that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
     accelerator = get_accelerator()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory collective: that takes a minute, and leaves 66 MiB per rank on disk.
+        # DeepSpeed would compile a shared-memory collective, which takes a minute and 66 MiB of disk per rank.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
@@ -44,14 +44,14 @@ def start_distributed() -> torch.device:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"Port {os.environ['MASTER_PORT']} of this machine is in use, perhaps by another run: start again, under "
-            "`deepspeed` with another --master_port."
+            f"Port {os.environ['MASTER_PORT']} of this machine is in use, perhaps by another run. Start again; with "
+            "`deepspeed`, give another --master_port."
         ) from None
     return torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
 
 
 def parameter_groups(model: Lavin, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for biases and other vectors (paper 1, section 4.2; reference.md, section 6)."""
+    """Weight decay for matrices, but not for vectors such as biases (paper 1, section 4.2; reference.md, section 6)."""
     trainable = model.trainable().values()
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": training.weight_decay},
@@ -61,14 +61,14 @@ def parameter_groups(model: Lavin, training: TrainingConfig) -> list[dict[str, A
 
 
 def build_optimizer(model: Lavin, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with learning rate 0: the loop sets the rate of every step."""
+    """AdamW with learning rate 0: the loop sets the rate before every step."""
     return torch.optim.AdamW(parameter_groups(model, training), lr=0.0, betas=training.betas, eps=training.eps)
 
 
 def build_engine(model: Lavin, config: RunConfig, monitors: Path | None = None) -> deepspeed.DeepSpeedEngine:
-    """Wraps the model in DeepSpeed's engine; call after `start_distributed` and `initialize_tensor_parallel`.
+    """Wraps the model in DeepSpeed's engine. Call it after `start_distributed` and `initialize_tensor_parallel`.
 
-    monitors: folder for monitors that write files, if the DeepSpeed configuration does not name one.
+    monitors: folder for the files of monitors, if the DeepSpeed configuration does not name one.
     """
     training = config.training
     accumulation = micro_batches(training.global_batch, data_parallel_size(), training.micro_batch)

@@ -1,4 +1,4 @@
-"""The data of each optimizer step, prepared in a background thread while the previous step computes."""
+"""Prepares the data of each optimizer step, in a background thread while earlier steps compute."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class StepData:
-    """One rank's part of a global batch, and sums over the whole of it."""
+    """One rank's part of a global batch, and totals of the whole global batch."""
 
-    step: int  # from 0
-    batches: list[Batch]  # micro-batches, equally many on every rank
+    step: int  # counted from 0
+    batches: list[Batch]  # this rank's micro-batches; every rank has the same number
     tokens: list[int]  # of each micro-batch, without padding
     labelled: int  # labelled tokens of the global batch
-    images: int  # of the global batch, one a sample
-    rows: np.ndarray  # its samples, [global_batch] indices into the split
+    images: int  # of the global batch, at most one per sample
+    rows: np.ndarray  # the samples of the global batch: [global_batch] indices into the split
 
 
 class Feed:
-    """Makes the micro-batches of this rank. They depend on the number of the step alone."""
+    """Makes the micro-batches of this rank. They depend only on the step number."""
 
     def __init__(self, config: RunConfig, reader: ShardReader, device: torch.device):
         self.training, self.reader = config.training, reader
@@ -74,10 +74,10 @@ class Feed:
 
 @contextmanager
 def in_background(items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Iterator[Item]]:
-    """Draws `items` in a thread, at most `ahead` of them in advance; with 0 there is no thread.
+    """Iterates over `items` in a thread, at most `ahead` items in advance. With `ahead` 0 there is no thread.
 
-    One thread is enough: collating copies arrays, and takes less time than a step (benchmarks/prefetch.py). An
-    exception in the thread is raised by the next draw. The thread ends with the context.
+    One thread is enough: collating copies arrays, which takes less time than a step (benchmarks/prefetch.py). An
+    exception in the thread is raised where the caller takes the next item. The thread ends with the context.
     """
     if ahead == 0:
         yield iter(items)

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its exported adapters. Every rank executes it."""
+"""One training run, from its configuration to its exported adapters. Every rank executes it."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from lavin_ds.training.validation import Validation
 from lavin_ds.weights.adapter import base_warning, fill_trainable, save_adapter
 from lavin_ds.weights.base import build_model
 
-EXIT_STOPPED = 143  # 128 + SIGTERM: stopped on request, state saved
-EXIT_DIVERGED = 3  # too many steps in a row without a finite loss or gradient
+EXIT_STOPPED = 143  # 128 + SIGTERM: the run was stopped on request and its state is saved
+EXIT_DIVERGED = 3  # too many steps in a row had no finite loss or gradient
 
 
 def train(config: RunConfig, inputs: Inputs, out: Path, resume: bool, device: torch.device, stop: StopSignal) -> int:
     """Runs the training on this rank and returns the process's exit code. Process groups must exist.
 
-    out: the run directory. resume: go on from its newest checkpoint, if there is one.
+    out: the run directory. resume: continue from its newest checkpoint, if there is one.
 
     Raises:
-        UserError: on rank 0, the run directory is in use or cannot be written.
+        UserError: on rank 0, if the run directory is in use or cannot be written.
     """
     is_first = dist.get_rank() == 0
     console = TrainingConsole(is_first, peak_share=_peak_share(config, device))
     if device.type == "cuda" and peak_flops(device) is None:
         name = torch.cuda.get_device_name(device)
-        console.say(f"lavin_ds/devices.py has no data sheet of {name}: the share of its peak rate is not shown.")
+        console.say(f"lavin_ds/devices.py has no data sheet of {name}: the share of its peak FLOP/s is not shown.")
     try:
         with hold(out, console.warn) if is_first else nullcontext():
             return _train(config, inputs, out, resume, device, stop, console)
@@ -76,7 +76,7 @@ def _train(
     engine = build_engine(model, config, out / MONITORS)
     if start:
         checkpoint.load_optimizer(engine, trainable, start)
-    del start  # its tensors
+    del start  # frees its tensors
     loop = Loop(engine, config, ShardReader(inputs.data, SPLIT), device, at)
     validation = None
     if config.training.validate_every:
@@ -100,9 +100,9 @@ def _train(
         _export(out, config, inputs, loop, trainable, device, console)
         code = 0
     journal.close()
-    # All ranks leave together: one that takes gloo down while others still use it makes them fail.
+    # All ranks leave together: if one rank closes gloo while others still use it, they fail.
     dist.barrier()
-    stop.end()  # from here on a rank may be gone before the others
+    stop.end()  # from here on, a rank may end before the others
     dist.destroy_process_group()
     return code
 
@@ -146,7 +146,7 @@ def _peak_share(config: RunConfig, device: torch.device) -> Callable[[StepResult
 
 def _newest(checkpoints: Path) -> str:
     steps = checkpoint.list_steps(checkpoints)
-    return f"the last checkpoint is that of step {steps[-1]}." if steps else "there was no checkpoint before them."
+    return f"the newest checkpoint is that of step {steps[-1]}." if steps else "there is no earlier checkpoint."
 
 
 def _summary(out: Path, loop: Loop, values: dict, memory: dict) -> dict:
@@ -166,7 +166,7 @@ def _summary(out: Path, loop: Loop, values: dict, memory: dict) -> dict:
         "trainable_parameters": sum(v.numel() for v in values.values()),
         "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
         "ranks": dist.get_world_size(),
-        "seconds": sum(m["seconds"] for m in metrics),  # in steps, over all starts of the run
+        "seconds": sum(m["seconds"] for m in metrics),  # time in steps, over all starts of the run
         **memory,
     }
 

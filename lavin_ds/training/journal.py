@@ -23,10 +23,10 @@ from lavin_ds.training.validation import Scores, Validation
 
 
 class Journal:
-    """Validates, records and saves a run. Every rank has one and makes the same calls; rank 0 writes.
+    """Validates, records and saves a run. Every rank has a journal and makes the same calls; only rank 0 writes.
 
-    at: the position after the last step, with its validation loss. run.json and metrics.jsonl are opened when there is
-    something to record, so that a start that fails before leaves nothing behind.
+    at: the position after the last step, with its validation loss. run.json and metrics.jsonl are opened only when
+    there is something to record, so a start that fails earlier leaves nothing behind.
     """
 
     def __init__(
@@ -49,7 +49,11 @@ class Journal:
         self.metrics: MetricsFile | None = None
 
     def on_step(self, result: StepResult, stop: StopSignal) -> None:
-        """Raises TrainingStopped, on all ranks, if a stop ends the validation that is due after this step."""
+        """Validates and saves if that is due after this step, and records the step.
+
+        Raises:
+            TrainingStopped: on all ranks, if a stop request ends the validation.
+        """
         is_due = self._is_validation_due(result.step)
         scores = self._validate(stop) if is_due else None
         self.at = replace(self.loop.at, val_loss=scores.val_loss if scores else None)
@@ -66,10 +70,10 @@ class Journal:
             self.save()
 
     def make_up_for_validation(self, stop: StopSignal) -> None:
-        """Validates the step that the run resumes from, if a stop kept it from being validated.
+        """Validates the step that the run resumes from, if a stop request ended its validation before.
 
         Raises:
-            TrainingStopped: on all ranks, if a stop ends this validation, too.
+            TrainingStopped: on all ranks, if a stop request ends this validation, too.
         """
         if not self.at.step or self.at.val_loss is not None or not self._is_validation_due(self.at.step):
             return
@@ -86,7 +90,7 @@ class Journal:
         self.console.say(f"Validated step {self.at.step}: loss {scores.val_loss:.4f}")
 
     def save(self) -> None:
-        """Writes a checkpoint, unless this step has one: a stop may come after a step that was saved anyway."""
+        """Writes a checkpoint, unless this step has one already, as when a stop request comes after a regular save."""
         if self.at.step != self.saved_at:
             keep = self.config.training.keep_checkpoints
             checkpoint.save(self.checkpoints, self.loop.engine, self.trainable, self.at, keep, self.console.warn)
@@ -105,7 +109,7 @@ class Journal:
             return self.validation.run(stop)
 
     def _is_best(self, scores: Scores) -> bool:
-        """Whether the loss is lower than that of every checkpoint; it is then the one to beat."""
+        """Whether the validation loss is the lowest so far; if so, remembers it."""
         if not math.isfinite(scores.val_loss) or (self.best is not None and scores.val_loss >= self.best):
             return False
         self.best = scores.val_loss
@@ -126,7 +130,7 @@ class Journal:
 
 
 def _best_loss_on_all_ranks(checkpoints: Path) -> float | None:
-    """checkpoint.best_loss as rank 0 finds it: other nodes may see a file later."""
+    """checkpoint.best_loss of rank 0, on all ranks: other nodes may see a new file later than rank 0."""
     best, trouble = None, None
     if dist.get_rank() == 0:
         try:

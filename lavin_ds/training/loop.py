@@ -1,8 +1,8 @@
 """The training loop: one global batch per optimizer step.
 
 The objective of a step (paper 1, eq. 5) is the mean cross-entropy over the labelled tokens of the whole global batch.
-It does not depend on how the batch is cut into micro-batches and dealt to ranks. DeepSpeed averages gradients over
-data-parallel ranks and over micro-batches, so the summed loss of a micro-batch is multiplied by their number.
+It does not depend on how the batch is split into micro-batches and over ranks. DeepSpeed averages gradients over
+data-parallel ranks and micro-batches, so the summed loss of a micro-batch is multiplied by both numbers.
 
 If the loss or the gradient of a step is not finite, the step is skipped on all ranks: nothing is updated, and the run
 goes on with the next global batch.
@@ -25,35 +25,35 @@ from lavin_ds.data.shards import ShardReader
 from lavin_ds.parallel import data_parallel_rank, data_parallel_size, tensor_parallel_size
 from lavin_ds.training.checkpoint import START, Position
 from lavin_ds.training.feed import Feed, StepData, in_background
-from lavin_ds.training.scale import LossScale
+from lavin_ds.training.loss_scale import LossScale
 from lavin_ds.training.schedule import step_learning_rate
 from lavin_ds.training.stop import StopSignal
 
 
 class TrainingStopped(Exception):
-    """The run was asked to stop by a signal."""
+    """The run was asked to stop, by a signal or a file."""
 
 
 class TrainingDiverged(Exception):
-    """Too many steps in a row had no finite loss or gradient; the message says which and what to do."""
+    """Too many steps in a row had no finite loss or gradient. The message names the last of them."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. Sums are over all ranks; loss is per labelled token; seconds are wall time.
+    """The result of one optimizer step. Sums are over all ranks; loss is per labelled token; seconds are wall time.
 
-    If a step was skipped, its loss or gradient_norm is NaN or infinite. `suspects` then names the samples of the
-    micro-batches whose loss is not finite, or all samples of the step if only the gradient is not. It is empty if the
-    cause may be the loss scale of an fp16 base.
+    In a skipped step, loss or gradient_norm is NaN or infinite. `suspects` then has the ids of the samples in
+    micro-batches whose loss is not finite, or of all samples of the step if only the gradient is not finite. It is
+    empty if the cause may be the loss scale of an fp16 base.
     """
 
-    step: int  # optimizer steps done, this one and skipped ones included
+    step: int  # optimizer steps done, including this one and skipped ones
     epoch: float
     loss: float
     learning_rate: float
     gradient_norm: float  # before clipping
     labelled_tokens: int
-    tokens: int  # that samples hold, without padding
+    tokens: int  # without padding
     padded_tokens: int
     images: int
     seconds: float
@@ -81,7 +81,7 @@ class Loop:
             self.scale = LossScale(engine.module.trainable().values(), at.loss_scale, at.loss_scale_age)
 
     def run(self, stop: StopSignal, on_step: Callable[[StepResult], None]) -> None:
-        """Runs the remaining steps and calls `on_step` on every rank after each.
+        """Runs the remaining steps, and calls `on_step` on every rank after each step.
 
         Raises:
             TrainingStopped: any rank was asked to stop; raised on all ranks after the same step.
@@ -105,7 +105,7 @@ class Loop:
         lowers_scale = result.skipped and self._may_lower_scale()
         if self.scale:
             self.scale.update(overflowed=result.skipped)
-        if not lowers_scale:  # a step that only lowers the loss scale is no sign of trouble
+        if not lowers_scale:  # a step that only lowers the loss scale is normal
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.at = Position(
             step=result.step,
@@ -123,8 +123,8 @@ class Loop:
         rate = step_learning_rate(data.step, count, training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout draws from torch's global generator, so that is seeded by (seed, rank, step). Ranks of one
-        # tensor-parallel group have the same data_parallel_rank and so draw the same numbers.
+        # Dropout uses torch's global generator, so it is seeded with (seed, rank, step). The ranks of a tensor-parallel
+        # group have the same data_parallel_rank, so they draw the same numbers.
         torch.manual_seed(zlib.crc32(f"dropout {training.seed} {data_parallel_rank()} {data.step}".encode()))
 
         losses, totals = self._gradients(data, stop)
@@ -147,9 +147,9 @@ class Loop:
         return result, stops > 0
 
     def _gradients(self, data: StepData, stop: StopSignal) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward of all micro-batches. Returns the summed loss of each, and four sums over all ranks:
-        loss, tokens, tokens with padding, and ranks that were asked to stop."""
-        share = data.labelled / (data_parallel_size() * len(data.batches))  # labelled tokens a micro-batch
+        """Forward and backward of all micro-batches. Returns the summed loss of each micro-batch, and four totals over
+        all ranks: loss, tokens, tokens with padding, and ranks that were asked to stop."""
+        share = data.labelled / (data_parallel_size() * len(data.batches))  # mean labelled tokens per micro-batch
         losses, padded = [], 0
         for k, batch in enumerate(data.batches):
             is_last = k + 1 == len(data.batches)
@@ -162,21 +162,21 @@ class Loop:
                 totals = sums / tensor_parallel_size()
                 totals[3] = float(stop.is_wanted())
                 dist.all_reduce(totals)
-                # The factor is 1, or NaN on all ranks if the loss of any is not finite. Then the gradients are NaN on
-                # every rank, and all skip the step.
+                # The factor is 1, or NaN on all ranks if the loss of any rank is not finite. NaN makes the gradients of
+                # all ranks NaN, so all ranks skip the step.
                 loss_sum = loss_sum * (1 + 0 * totals[0]).to(loss_sum.dtype)
-            # compat: every micro-batch weighs the same, however many labels it has.
+            # compat: every micro-batch has the same weight, however many labels it has.
             loss = loss_sum / (max(labels, 1) if self.config.compat else share)
             self.engine.backward(loss * self.scale.factor if self.scale else loss)
             if not is_last:
-                self.engine.step()  # counts the micro-batch; the update is the last one's
+                self.engine.step()  # only counts the micro-batch; the last one updates
         return torch.stack(losses), totals
 
     def _update(self) -> tuple[float, bool]:
-        """Updates the parameters if the gradient is finite; returns its norm, and whether it updated.
+        """Updates the parameters if the gradient is finite. Returns the gradient norm, and whether it updated.
 
-        The norm is that of the whole gradient on every rank, so all ranks decide alike. DeepSpeed's ZeRO optimizers
-        skip a gradient that is not finite by themselves; at stage 0 it is done here.
+        Every rank has the norm of the whole gradient, so all ranks decide the same. DeepSpeed's ZeRO optimizers skip
+        a gradient that is not finite; at stage 0 this is done here.
         """
         engine = self.engine
         if engine.zero_optimization_stage() == 0:
@@ -190,7 +190,7 @@ class Loop:
         return float(engine.get_global_grad_norm()), not engine.optimizer.overflow
 
     def _suspects(self, data: StepData, losses: torch.Tensor) -> tuple[str, ...]:
-        """Ids of the samples in micro-batches, on any rank, whose loss is not finite; of the whole step if none is."""
+        """Ids of the samples in micro-batches of any rank whose loss is not finite; else of all samples of the step."""
         bad = [k for k, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         here = [id for k in bad for id in data.batches[k].row_ids]
         everywhere: list = [None] * dist.get_world_size()

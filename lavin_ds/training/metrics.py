@@ -1,4 +1,4 @@
-"""What a run records while it trains, and what it has cost at the end."""
+"""Records a run's metrics, measures its peak memory and plots its loss."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lavin_ds.training.validation import Scores
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one line per optimizer step, with the keys of Scores if there was a validation.
+    """RUN/metrics.jsonl: one line per optimizer step, with the keys of Scores if the step was validated.
 
-    Lines of steps after the one that a run resumes from are dropped. A number that is not finite becomes null.
+    If a run resumes, the lines after the resumed step are dropped. A number that is not finite becomes null.
     """
 
     def __init__(self, path: Path, done_steps: int):
@@ -49,7 +49,7 @@ class MetricsFile:
             ) from None
 
     def add_scores(self, step: int, scores: Scores) -> None:
-        """Adds a validation to the line of a step that was written without it."""
+        """Adds validation scores to the line of a step that was written without them."""
         self._file.close()
         added = _finite(asdict(scores))
         self._rewrite([line | added if line["step"] == step else line for line in read_metrics(self.path)])
@@ -63,7 +63,7 @@ def _finite(record: dict) -> dict:
 
 
 def write_suspects(run: Path) -> Path:
-    """Writes RUN/suspects.json: for each of the last, skipped steps, the samples that may be the cause."""
+    """Writes RUN/suspects.json: for each of the skipped steps at the end, the samples that may be the cause."""
     metrics = read_metrics(run / "metrics.jsonl")
     in_a_row = itertools.takewhile(lambda m: m["skipped"], reversed(metrics))
     write_json(run / "suspects.json", {str(m["step"]): m["suspects"] for m in reversed(list(in_a_row))})
@@ -73,7 +73,7 @@ def write_suspects(run: Path) -> Path:
 def write_to_monitors(
     engine: deepspeed.DeepSpeedEngine, step: int, result: StepResult | None, scores: Scores | None
 ) -> None:
-    """Hands a step to the monitors that the DeepSpeed configuration enables: tensorboard, wandb, csv_monitor, ..."""
+    """Sends a step's values to the monitors that the DeepSpeed configuration enables, such as tensorboard or wandb."""
     if not engine.monitor.enabled:
         return
     values = {}
@@ -137,7 +137,7 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average, corrected for the bias at its start."""
     smooth, average, mass = [], 0.0, 0.0
     for value in values:
         average = weight * average + (1 - weight) * value

@@ -1,8 +1,8 @@
-"""Keeps the copies of a trainable parameter equal on the ranks of a tensor-parallel group.
+"""Keeps the copies of trainable parameters equal on the ranks of a tensor-parallel group.
 
 Every such rank holds all adapters and computes their gradients itself. On a GPU two ranks do not compute the same bits
-(the backward of attention adds in no fixed order), so without communication their copies would drift apart. Hence each
-gradient is averaged over the group as soon as it is known, before DeepSpeed sees it: norm, clipping, moments and the
+(attention's backward adds in no fixed order), so without communication their copies would drift apart. Therefore each
+gradient is averaged over the group as soon as it is computed, before DeepSpeed sees it. Norm, clipping, moments and the
 decision to skip a step are then the same on all ranks of the group, at every ZeRO stage.
 """
 
@@ -18,10 +18,10 @@ from lavin_ds.parallel import TensorParallelUnit, tensor_parallel_size
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages the gradients of `parameters` over the tensor-parallel group in every backward pass from now on.
+    """Averages the gradients of `parameters` over the tensor-parallel group, in every backward pass from now on.
 
-    One all-reduce a parameter. All ranks of the group must run the same operations in the same order, which they do:
-    they share a batch. The sum comes before the division, so that 2 or 4 equal gradients are returned bit for bit.
+    It does one all-reduce per parameter. The ranks of a group do them in the same order, because they compute the same
+    batch. The sum comes before the division, so 2 or 4 equal gradients keep their bits.
     """
     size = tensor_parallel_size()
     if size == 1:

@@ -1,4 +1,4 @@
-"""The learning rate: linear warm-up, then half a cosine down to zero (reference.md, section 6)."""
+"""The learning-rate schedule: linear warm-up, then cosine decay to zero (reference.md, section 6)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lavin_ds.config import TrainingConfig
 
 
 def learning_rate(epoch: float, training: TrainingConfig) -> float:
-    """Learning rate after `epoch` passes over the data, which need not be a whole number."""
+    """Learning rate after `epoch` passes over the data; `epoch` may be fractional."""
     if epoch < training.warmup_epochs:
         return training.peak_lr * epoch / training.warmup_epochs
     progress = (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs)
@@ -16,8 +16,9 @@ def learning_rate(epoch: float, training: TrainingConfig) -> float:
 
 
 def step_learning_rate(step: int, samples: int, training: TrainingConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0) over a set of `samples`.
+    """Learning rate of optimizer step `step`, counted from 0, on a data set of `samples` samples.
 
-    It is the rate at the middle of the step. At the beginning of the first step it is 0, which would waste an update.
+    It is the schedule's rate at the middle of the step. At the beginning of the first step the rate is 0, which would
+    waste an update.
     """
     return learning_rate((step + 0.5) * training.global_batch / samples, training)

@@ -1,10 +1,10 @@
 """Loss and accuracy on held-out samples during a run. They do not affect the training.
 
-The accuracy looks at one token per sample: given the true response up to "The answer is", is the right letter the
-likeliest of the question's letters? It costs nothing beside the loss. It is not the score of `lavin-ds eval`, where
-the model writes its response itself. If a format begins its responses with the answer (QCM-A, QCM-ALE, ...), the two
-differ only while the model does not yet write "The answer is". Other formats have no accuracy here, since the true
-response before the answer gives it away.
+The accuracy checks one token per sample: given the true response up to "The answer is", does the right letter have the
+highest logit among the question's letters? It adds almost no cost to the loss. It is not the score of `lavin-ds eval`,
+where the model generates the whole response. If the responses of a format begin with the answer (QCM-A, QCM-ALE, ...),
+the two differ only as long as the model does not write "The answer is". Other formats have no accuracy here, because
+their true response gives the answer away before the letter.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Validation:
         self.parts = np.array_split(rows, math.ceil(len(rows) / config.training.micro_batch))
 
     def run(self, stop: StopSignal) -> Scores | None:
-        """The scores, the same on all ranks; None if a stop was asked for before the last batch. Every rank must call
-        it."""
+        """Returns the scores, the same on all ranks; None if a stop was requested before the last batch. Every rank
+        must call it."""
         began = time.perf_counter()
         ranks, rank = data_parallel_size(), data_parallel_rank()
-        # loss, labels, right answers, questions
+        # sums of: loss, labels, right answers, questions
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        # Under ZeRO-3 all ranks must call the model equally often: a rank that has one part less repeats the first.
+        # Under ZeRO-3 all ranks must call the model the same number of times, so a rank with one part less repeats one.
         mine = range(rank, ranks * math.ceil(len(self.parts) / ranks), ranks)
         self.engine.eval()
         with torch.no_grad(), in_background(self.feed.batch(self.parts[i % len(self.parts)]) for i in mine) as batches:
@@ -93,21 +93,24 @@ class Validation:
 
 
 def validation_rows(config: RunConfig, reader: ShardReader) -> np.ndarray:
-    """The samples of a run's validation: the same in every run on these shards."""
+    """The samples that a run validates on. They are the same in every run on these shards."""
     order = epoch_order(len(reader.trainable), seed=0, epoch=0)
     return reader.trainable[order[: config.training.validation_samples]]
 
 
 @dataclass(frozen=True)
 class _AnswerToken:
-    """The position of the letter in a response, and the token ids of the letters."""
+    """The position of the answer's letter in a response, and the token ids of the letters."""
 
-    offset: int  # tokens of the response before it
+    offset: int  # tokens of the response before the letter
     letters: tuple[int, ...]
 
     @classmethod
     def of(cls, config: RunConfig, reader: ShardReader) -> _AnswerToken | None:
-        """None if responses do not begin with an answer, or the tokenizer does not have one token per letter."""
+        """The position and ids for a recipe's format and tokenizer.
+
+        None if the responses do not begin with the answer, or the letters do not have one token each.
+        """
         format = config.data.prompt_format
         if format not in SCIENCEQA_FORMATS or not format.split("-")[1].startswith("A"):
             return None
@@ -126,7 +129,7 @@ class _AnswerToken:
         return torch.tensor([min(i + self.offset, last) for i in first_B], device=is_label_N.device)
 
     def count(self, batch: Batch, letter_B: torch.Tensor, logits_BV: torch.Tensor, rows: list[Row]) -> tuple[int, int]:
-        """Number of right answers and of questions. A response that was cut before its letter does not count."""
+        """Numbers of right answers and of questions. A response that was cut before its letter is not counted."""
         right = questions = 0
         for row, token, logits_V in zip(rows, batch.ids_BT.flatten()[letter_B].tolist(), logits_BV, strict=True):
             if 0 < row.n_choices <= MOST_CHOICES and token == self.letters[row.answer]:

@@ -1,6 +1,6 @@
-"""Trained adapters as one file: FILE in safetensors (fp32), and FILE.json that says what they belong to.
+"""Adapter files: FILE holds the trained adapters (safetensors, fp32), and FILE.json describes them and their base.
 
-The frozen base is not in it: an adapter of LaVIN-7B is 15 MB, and works only with the base that it names.
+The frozen base is not in FILE: an adapter of LaVIN-7B takes 15 MB and works only with the base that FILE.json names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lavin_ds.errors import UserError
 from lavin_ds.files import write_atomically, write_json
 from lavin_ds.weights.tensor_files import SafetensorsFile
 
-if TYPE_CHECKING:  # torch takes seconds to import, and records are read without it
+if TYPE_CHECKING:  # torch takes seconds to import, and reading a record does not need it
     import torch
 
     from lavin_ds.models.lavin import Lavin
@@ -30,27 +30,28 @@ METADATA = {"format": "pt", "lavin_ds_adapter": str(FORMAT)}
 
 
 class BaseFiles(BaseModel):
-    """A frozen model's files: enough to notice another one, without reading gigabytes to hash them."""
+    """Identifies the files of a frozen model without hashing gigabytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
-    bytes_of: dict[str, int]  # by file name
-    sample_sha256: str | None = None  # of SAMPLE_BYTES from the middle of each: fine-tuned models have equal sizes
+    bytes_of: dict[str, int]  # size by file name
+    # Of SAMPLE_BYTES from the middle of each file: sizes do not tell a fine-tuned model from its original.
+    sample_sha256: str | None = None
 
 
 class Base(BaseModel):
-    """The frozen models that the adapters were trained on; `clip` is None where no ViT ran in training."""
+    """The frozen models that the adapters were trained on. `clip` is None if no ViT ran in training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     llama: BaseFiles
     clip: BaseFiles | None = None
-    features_clip_sha256: str | None = None  # of the CLIP file whose cached features took the ViT's place
+    features_clip_sha256: str | None = None  # of the CLIP file that made the cached features, if they were used
 
 
 class AdapterRecord(BaseModel):
-    """FILE.json."""
+    """The content of FILE.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +62,7 @@ class AdapterRecord(BaseModel):
     base: Base
     trainable_parameters: int
     bytes: int  # of FILE
-    tensors: dict[str, list[int]]  # shapes
+    tensors: dict[str, list[int]]  # shape by name
     config: RunConfig
 
 
@@ -78,7 +79,7 @@ def _identify(path: Path) -> BaseFiles:
 
 
 def base_warning(file: Path, llama: Path, clip: Path | None) -> str | None:
-    """A sentence if adapter FILE was trained on another base than these files; None if not, or if nothing is known.
+    """A warning if adapter FILE was trained on another base than these files. None if not, or if FILE has no record.
 
     Raises:
         UserError: FILE.json cannot be read.
@@ -89,8 +90,8 @@ def base_warning(file: Path, llama: Path, clip: Path | None) -> str | None:
     for option, trained_on, path in (("--llama", base.llama, llama), ("--clip", base.clip, clip)):
         if trained_on and path and not _same(trained_on, _identify(path)):
             return (
-                f"{file.name} was trained on {trained_on.path}, and {option} {path} has other files: unless they hold "
-                "the same model in another layout, the adapter will not work as trained."
+                f"{file.name} was trained on {trained_on.path}, but the files of {option} {path} differ from those. "
+                "The adapter works as trained only if they hold the same model in another layout."
             )
     return None
 
@@ -112,16 +113,16 @@ def save_adapter(
     clip: Path | None = None,
     features_clip_sha256: str | None = None,
 ) -> AdapterRecord:
-    """Writes FILE.json and then FILE, each atomically: if FILE exists, both are whole.
+    """Writes FILE.json and then FILE, each atomically: if FILE exists, both are complete.
 
-    tensors: Lavin.trainable(), by name; under ZeRO-3 gathered by the caller.
-    llama, clip: the frozen models, which the record identifies by their files' names and sizes; where cached
-    features took the ViT's place, features_clip_sha256 names the file they came from.
+    tensors: Lavin.trainable(), by name; under ZeRO-3 the caller gathers them.
+    llama, clip: the frozen models. The record identifies them by name, size and a sample of their files.
+    features_clip_sha256: the CLIP file that made the cached features, if these were used instead of the ViT.
     """
     import torch
     from safetensors.torch import save
 
-    # Copied when not already fp32 and contiguous; safetensors refuses views that share a storage.
+    # A tensor that is already fp32 and contiguous is not copied. safetensors refuses views that share a storage.
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     content = save(tensors, metadata=METADATA)
     record = AdapterRecord(
@@ -152,7 +153,7 @@ def read_adapter(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter file, by name.
 
     Raises:
-        UserError: no such file, or not one that save_adapter wrote.
+        UserError: the file does not exist, or save_adapter did not write it.
     """
     opened = _open(file)
     return {name: opened.tensor(name).clone() for name in opened.shapes}
@@ -171,11 +172,11 @@ def read_record(file: Path) -> AdapterRecord:
     """What FILE.json says about adapter FILE.
 
     Raises:
-        UserError: there is none, or it is not one that save_adapter wrote.
+        UserError: it does not exist, or save_adapter did not write it.
     """
     path = record_file(file)
     if not path.is_file():
-        raise UserError(f"{path} is missing: an adapter travels with its JSON. Copy it beside {file.name}.")
+        raise UserError(f"{path} is missing: an adapter needs its JSON file. Copy it beside {file.name}.")
     try:
         return AdapterRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
@@ -183,13 +184,13 @@ def read_record(file: Path) -> AdapterRecord:
 
 
 def check_fits(file: Path, config: RunConfig) -> None:
-    """Compares an adapter's record with the recipe that is to start from it, and its header with the record.
+    """Compares an adapter's record with the recipe, and the header of its file with the record.
 
-    No tensor is read, and torch is not imported.
+    It reads no tensor and does not import torch.
 
     Raises:
-        UserError: there is no such file or record; it was trained in a model that this recipe does not describe; or
-            the file is cut short, or does not hold the fp32 tensors of its record.
+        UserError: the file or its record does not exist; or the model of the record differs from the recipe's; or the
+            file is cut short, or does not hold the fp32 tensors that its record lists.
     """
     opened = _open(file)
     record = read_record(file)
@@ -202,7 +203,7 @@ def check_fits(file: Path, config: RunConfig) -> None:
         if found != ("F32", wanted.get(name)):
             raise UserError(
                 f"{file} does not hold what {record_file(file).name} says: tensor {name} is {_tell(*found)} in the "
-                f"file and {_tell('F32' if name in wanted else None, wanted.get(name))} in the record. Copy both anew."
+                f"file and {_tell('F32' if name in wanted else None, wanted.get(name))} in the record. Copy both again."
             )
 
 
@@ -211,7 +212,7 @@ def _tell(dtype: str | None, shape: tuple[int, ...] | None) -> str:
 
 
 def _identity(config: RunConfig) -> dict:
-    """What adapters depend on: neither how frozen weights are stored, nor dropout, which only training uses."""
+    """The part of a configuration that adapters depend on: not the storage of frozen weights, and not dropout."""
     model = config.model.model_dump(exclude={"frozen_dtype", "vision_source"})
     for adapter in ("llm_adapter", "vision_adapter"):
         del model[adapter]["dropout"]
@@ -229,10 +230,10 @@ def _differences(adapter: dict, recipe: dict, prefix: str = "") -> list[str]:
 
 
 def load_adapter(model: Lavin, file: Path) -> None:
-    """Fills every trainable parameter of `model` from an adapter file, and demands that nothing is left over.
+    """Fills every trainable parameter of `model` from an adapter file.
 
     Raises:
-        UserError: the file cannot be read; or it lacks a parameter, has one more, or has another shape.
+        UserError: the file cannot be read; or a parameter is missing, unexpected, or has another shape.
     """
     fill_trainable(model, read_adapter(file), where=str(file))
 
@@ -240,8 +241,10 @@ def load_adapter(model: Lavin, file: Path) -> None:
 def fill_trainable(model: Lavin, tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Copies `tensors` into Lavin.trainable(), which must have the same names and shapes.
 
+    where: the origin of the tensors, for the error.
+
     Raises:
-        UserError: they differ; `where` names the tensors' origin. Nothing is copied then.
+        UserError: names or shapes differ. Then nothing is copied.
     """
     import torch
 
@@ -253,18 +256,19 @@ def fill_trainable(model: Lavin, tensors: Mapping[str, torch.Tensor], where: str
 
 
 def check_trainable(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """UserError unless `tensors` has exactly the names and shapes `wanted`."""
+    """Raises UserError unless `tensors` has exactly the names and shapes of `wanted`."""
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
     if missing or unexpected:
         told = [
             f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for what, names in (("lacks", missing), ("has besides", unexpected))
+            for what, names in (("lacks", missing), ("has unexpected", unexpected))
             if names
         ]
         raise UserError(f"{where} does not fit the recipe's adapters: it {' and '.join(told)}.")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise UserError(
-                f"{where} does not fit the recipe: {name} is {list(tensors[name].shape)}, but must be {list(shape)}."
+                f"{where} does not fit the recipe: {name} has shape {list(tensors[name].shape)}, but must have "
+                f"{list(shape)}."
             )

@@ -1,6 +1,6 @@
-"""Refuses a base that is built like a LLaMA and computes something else, from its JSON and its tensors' names.
+"""Refuses a base model that looks like a LLaMA but computes something else. It reads only JSON and tensor names.
 
-Its weights would load, and the model would answer nonsense without an error.
+Without this check the weights of such a base would load, and the model would generate nonsense without an error.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from lavin_ds.errors import UserError
 
-# Hugging Face's model_type of models that compute what LLaMA does as long as PLAIN holds; what transformers takes for
-# keys that a config.json lacks, where that is not plain.
+# Hugging Face's model_types that compute the same as LLaMA if all keys are PLAIN. Each comes with the defaults of
+# transformers that are not plain, for keys that its config.json lacks.
 MODEL_TYPES: dict[str, dict] = {"llama": {}, "mistral": {"sliding_window": 4096}}
 
-# Constants that old files carry along: the model computes them itself. Any other tensor must have a use.
+# Constants in old files that the model computes itself. The model must use every other tensor.
 IGNORABLE = re.compile(r"rope\.freqs$|rotary_emb\.inv_freq$")
 
 OFF = (None, False, 0)
-# Keys of config.json or params.json: the values of a plain LLaMA, and what another value means.
+# Keys of config.json or params.json: their values in a plain LLaMA, and the meaning of any other value.
 PLAIN: dict[str, tuple[tuple, str]] = {
     "hidden_act": ((None, "silu", "swish"), "another activation"),
     "attention_bias": (OFF, "biases in attention"),
@@ -30,7 +30,7 @@ PLAIN: dict[str, tuple[tuple, str]] = {
     "qk_norm": (OFF, "norms of queries and keys"),
     "use_qk_norm": (OFF, "norms of queries and keys"),
     "qk_layernorm": (OFF, "norms of queries and keys"),
-    "sliding_window": (OFF, "a token sees only that many before it"),
+    "sliding_window": (OFF, "a token sees only that many tokens before it"),
     "attention_chunk_size": (OFF, "a token sees only its own chunk"),
     "no_rope_layers": (OFF, "layers without rotary positions"),
     "nope_layer_interval": (OFF, "layers without rotary positions"),
@@ -46,21 +46,21 @@ PLAIN: dict[str, tuple[tuple, str]] = {
     "residual_multiplier": ((None, 1), "scaled sub-layers"),
     "attention_multiplier": ((None,), "another scale of attention scores"),
     "logits_scaling": ((None, 1), "scaled logits"),
-    "quantization_config": ((None,), "quantised weights, in a format that is not read"),
+    "quantization_config": ((None,), "quantised weights, in a format that lavin_ds does not read"),
 }
 
 
 def check_description(file: Path, described: dict) -> None:
-    """Checks what a base's config.json or params.json says. Keys that it lacks have their plain value.
+    """Checks the content of a base's config.json or params.json. A missing key counts as plain.
 
     Raises:
-        UserError: it describes something else than a LLaMA; the key and what it means are named.
+        UserError: it does not describe a plain LLaMA. The error names the key and its meaning.
     """
     kind = described.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(
-            f"{file} has model_type {kind!r}: the model here computes what {' and '.join(MODEL_TYPES)} do, and would "
-            "make nonsense of these weights. Give a base of one of those types."
+            f"{file} has model_type {kind!r}, but lavin_ds computes only what {' and '.join(MODEL_TYPES)} do. With "
+            "these weights the model would generate nonsense. Give a base of one of those types."
         )
     described = MODEL_TYPES[kind] | described
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
@@ -71,13 +71,13 @@ def check_description(file: Path, described: dict) -> None:
             raise _not_computed(file, key, described[key], meaning)
     layers = described.get("layer_types") or []
     if any(layer != "full_attention" for layer in layers):
-        raise _not_computed(file, "layer_types", layers, "layers whose tokens do not see all those before them")
+        raise _not_computed(file, "layer_types", layers, "layers whose tokens do not see all tokens before them")
     width, heads, head = (
         next((described[key] for key in keys if isinstance(described.get(key), int)), None)
         for keys in (("hidden_size", "dim"), ("num_attention_heads", "n_heads"), ("head_dim",))
     )
     if width and heads and head and head * heads != width:
-        raise _not_computed(file, "head_dim", head, f"heads that are not {width} / {heads} features wide")
+        raise _not_computed(file, "head_dim", head, f"heads whose width is not {width} / {heads}")
 
 
 def _not_computed(file: Path, key: str, value: object, meaning: str) -> UserError:
@@ -87,21 +87,21 @@ def _not_computed(file: Path, key: str, value: object, meaning: str) -> UserErro
 
 
 def check_tensors(path: Path, unused: Iterable[str]) -> None:
-    """Refuses tensors that the model has no use for: what they do, it would not compute.
+    """Refuses tensors that the model would not use, since it would then not compute what it was trained to.
 
     Raises:
-        UserError: there are some that are not IGNORABLE; they are named.
+        UserError: there are unused tensors that are not IGNORABLE. The error names them.
     """
     unused = [name for name in unused if not IGNORABLE.search(name)]
     if unused:
         raise UserError(
             f"{path} has {len(unused)} tensors that a LLaMA of the recipe's model.llm does not use: {some(unused)}. "
-            "Without them the model would compute something else than it was trained to. Give a base that is a plain "
-            "LLaMA, or check the recipe's model.llm."
+            "Without them the model would not compute what it was trained to. Give a base that is a plain LLaMA, or "
+            "check the recipe's model.llm."
         )
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """The first `most` names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""From a recipe and files to a model: checked first, in seconds, then built and filled."""
+"""Builds a model from a recipe and weight files. The files are checked first, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lavin_ds.weights.adapter import load_adapter
 from lavin_ds.weights.clip import check_clip, load_clip
 from lavin_ds.weights.llama import check_llama, load_llama
 
-if TYPE_CHECKING:  # torch and the model take seconds to import, and files are checked without them
+if TYPE_CHECKING:  # torch and the model take seconds to import, and checking files does not need them
     import torch
 
     from lavin_ds.models.lavin import Lavin
 
-Progress = Callable[[str, int, int], None]  # what is loaded, tensors done, tensors in all
+Progress = Callable[[str, int, int], None]  # what is being loaded, tensors done, total tensors
 
 
 def check_inputs(config: RunConfig, llama: Path, clip: Path | None) -> None:
-    """Compares the weights with the recipe, from headers alone: well under a second, and before anything is loaded.
+    """Compares the weight files with the recipe. It reads only headers, which takes well under a second.
 
     Raises:
-        UserError: a file is missing, cannot be read or contradicts the recipe; or CLIP is given to a text-only
-            recipe or one with cached features, or not given to another.
+        UserError: a file is missing, cannot be read or contradicts the recipe; or `clip` is given although the recipe
+            is text-only or uses cached features; or it is not given although the recipe needs it.
     """
     check_llama(llama, config.model.llm)
     check_vision(config, clip)
@@ -53,13 +53,14 @@ def build_model(
     device: torch.device | str = "cpu",
     on_progress: Progress | None = None,
 ) -> Lavin:
-    """A LaVIN with its frozen weights loaded, in evaluation mode, on `device`.
+    """Builds a LaVIN with its frozen weights loaded, in evaluation mode, on `device`.
 
-    Its adapters come from `adapter` (a .safetensors of ours, or a .pth of the LaVIN authors), or are new ones of
-    the recipe's seed. Process groups must exist (lavin_ds.parallel); each tensor-parallel rank loads its slices.
+    Its adapters come from `adapter` (our .safetensors, or a .pth of the LaVIN authors). Without `adapter` they are
+    initialised from the recipe's seed. Process groups must exist (lavin_ds.parallel). Each tensor-parallel rank loads
+    only its slices.
 
-    Frozen weights go from the mapped files to `device` a few rows at a time: where that is a GPU, the process never
-    holds one of them in host memory.
+    Frozen weights are copied from the mapped files to `device` a few rows at a time. On a GPU, no frozen weight is ever
+    whole in host memory.
 
     Raises:
         UserError: see check_inputs, load_adapter and import_official.
@@ -70,8 +71,8 @@ def build_model(
 
     check_inputs(config, llama, clip)
     model = build_on_meta(config)
-    # The adapters come first: they are small, so that one that does not fit is refused in seconds. Their values are
-    # drawn on the CPU, which gives the same numbers everywhere.
+    # Adapters are loaded first: they are small, so one that does not fit is refused in seconds. New values are drawn on
+    # the CPU, where they are the same on every machine.
     allocate(model, model.trainable(), "cpu")
     if adapter is None:
         model.reset_trainable(config.training.seed)

@@ -1,14 +1,14 @@
-"""Reads CLIP's vision transformer into a VisionTower, from files of these layouts:
+"""Reads CLIP's vision transformer into a VisionTower. It reads these layouts:
 
-    open_clip     open_clip_model.safetensors, open_clip_pytorch_model.bin   a state dict, the tower in `visual.`
+    open_clip     open_clip_model.safetensors, open_clip_pytorch_model.bin   a state dict, the tower under `visual.`
     DiHT          diht_vitl14_336px_*.ckpt                                   the same names
     OpenAI        ViT-L-14.pt                           TorchScript, read without running it (torchscript.py)
-    Hugging Face  model.safetensors, pytorch_model.bin  as CLIPModel or CLIPVisionModel name it, q, k and v apart
+    Hugging Face  model.safetensors, pytorch_model.bin  names of CLIPModel or CLIPVisionModel; q, k, v are separate
 
-Two things that matter cannot be seen in the weights: the number of heads, and whether the activation is QuickGELU
-(OpenAI's weights, open_clip's models that are named "-quickgelu") or GELU (open_clip's other models; DiHT's, whose
-model zoo leaves quick_gelu off). They come from the recipe, model.vision.heads and model.vision.quick_gelu, and are
-compared with Hugging Face's config.json where one lies beside the file.
+Weights do not tell the number of heads, nor the activation: QuickGELU (OpenAI's weights, and open_clip's models named
+"-quickgelu") or GELU (open_clip's other models, and DiHT, whose model zoo leaves quick_gelu off). Both come from the
+recipe, model.vision.heads and model.vision.quick_gelu. If Hugging Face's config.json lies beside the file, they are
+compared with it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from lavin_ds.weights.architecture import some
 from lavin_ds.weights.tensor_files import SafetensorsFile, TorchFile, copy_in_bands, open_tensors
 from lavin_ds.weights.torchscript import TorchScriptFile, is_torchscript
 
-if TYPE_CHECKING:  # torch takes seconds to import, and headers are checked without it
+if TYPE_CHECKING:  # torch takes seconds to import, and checking headers does not need it
     import torch
 
     from lavin_ds.models.vision import VisionTower
 
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
-# A block of either layout's vision tower; and what stands after its blocks, or is a constant.
+# The number of a block, in either layout.
 NUMBERED = re.compile(r"(?:resblocks|encoder\.layers)\.(\d+)\.")
+# Tensors after the blocks, and constants: the tower need not use them.
 IGNORABLE = re.compile(r"(^|\.)(proj|ln_post\.\w+|post_layernorm\.\w+|visual_projection\.\w+|position_ids)$")
-# The tower's names, to Hugging Face's; of a block, what is in one tensor here is in three there.
+# From the tower's names to Hugging Face's. The tower's in_proj is three tensors there.
 HF_TOWER = {
     "class_embedding": ["embeddings.class_embedding"],
     "conv1.weight": ["embeddings.patch_embedding.weight"],
@@ -61,7 +62,7 @@ HF_BLOCK = {
 
 
 class ClipFile:
-    """An opened CLIP: its vision tower's tensors by the names of VisionTower.
+    """An opened CLIP file. Its tensors have the names of VisionTower.
 
     Raises:
         UserError: the file cannot be read or holds no vision transformer.
@@ -72,7 +73,7 @@ class ClipFile:
         self.file: SafetensorsFile | TorchFile | TorchScriptFile = (
             TorchScriptFile(path) if path.is_file() and is_torchscript(path) else open_tensors(path)
         )
-        # The file's tensors that make up each one of the tower's, on top of each other.
+        # For each of the tower's tensors, the file's tensors to concatenate along dimension 0.
         self.parts: dict[str, list[str]] = _open_clip_parts(self.file.shapes)
         self.hugging_face = not self.parts
         if self.hugging_face:
@@ -90,7 +91,7 @@ class ClipFile:
             )
 
     def described(self) -> dict[str, int | float]:
-        """What the file says about the tower, by VisionConfig's keys."""
+        """The properties of the tower that the file tells, by the keys of VisionConfig."""
         width, _, patch, _ = self.shapes["conv1.weight"]
         side = math.isqrt(self.shapes["positional_embedding"][0] - 1)
         blocks = [int(name.split(".")[1]) for name in self.shapes if name.startswith("blocks.")]
@@ -105,7 +106,7 @@ class ClipFile:
         return described | self._described_beside()
 
     def _described_beside(self) -> dict[str, int]:
-        """What no tensor tells, from the config.json beside a file of Hugging Face's."""
+        """The properties that no tensor tells, from the config.json beside a Hugging Face file."""
         beside = self.path.with_name("config.json")
         if not self.hugging_face or not beside.is_file():
             return {}
@@ -121,7 +122,7 @@ class ClipFile:
         return {key: int(value) for key, value in stated.items() if value is not None}
 
     def unused(self, config: VisionConfig) -> list[str]:
-        """Tensors of the file's vision tower that the recipe's would not use, though they change what it computes."""
+        """Tensors of the file's vision tower that the recipe's tower lacks although they would change its output."""
         used = {part for name in tower_shapes(config) for part in self.parts[name]}
         if self.hugging_face:
             prefix = _hugging_face_prefix(self.file.shapes)
@@ -129,11 +130,11 @@ class ClipFile:
         else:
             tower = [part for (part,) in self.parts.values()]
 
-        def is_needless(part: str) -> bool:
+        def is_ignorable(part: str) -> bool:
             block = NUMBERED.search(part)
             return bool(IGNORABLE.search(part) or block and int(block[1]) >= config.depth)
 
-        return [part for part in tower if part not in used and not is_needless(part)]
+        return [part for part in tower if part not in used and not is_ignorable(part)]
 
     def copy(self, name: str, target: torch.Tensor) -> None:
         """Fills `target` with the tower's tensor `name`."""
@@ -155,7 +156,7 @@ def _open_clip_parts(theirs: dict) -> dict[str, list[str]]:
 
 
 def _hugging_face_prefix(theirs: dict) -> str:
-    # CLIPModel's names begin with vision_model; those of a CLIPVisionModel do before transformers 5.
+    # CLIPModel's names begin with vision_model. CLIPVisionModel's do only before transformers 5.
     return "vision_model." if any(part.startswith("vision_model.") for part in theirs) else ""
 
 
@@ -170,7 +171,7 @@ def _hugging_face_parts(theirs: dict) -> dict[str, list[str]]:
 
 
 def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Every frozen tensor's shape in VisionTower, by name."""
+    """Shapes of the frozen tensors of VisionTower, by name."""
     W, F, patch = config.width, int(config.width * config.mlp_ratio), config.patch_size
     block = {
         "ln_1.weight": (W,),
@@ -195,48 +196,47 @@ def tower_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.readout.norm:
         shapes |= {"ln_post.weight": (W,), "ln_post.bias": (W,)}
-    for number in range(config.depth):  # blocks behind the last that is read out: not there
+    for number in range(config.depth):  # blocks after the last one that is read out are not built
         shapes.update({f"blocks.{number}.clip.{name}": shape for name, shape in block.items()})
     return shapes
 
 
 def check_clip(path: Path, config: VisionConfig) -> ClipFile:
-    """Opens a CLIP file and compares it with the recipe, from its header alone.
+    """Opens a CLIP file and compares it with the recipe. It reads only the header.
 
     Raises:
-        UserError: as ClipFile; or the file and the recipe disagree in a number; or a tensor is missing, or one is there
-            that the tower does not use.
+        UserError: as ClipFile; or a number differs between file and recipe; or a tensor is missing, or would be unused.
     """
     clip = ClipFile(path)
     for key, theirs in clip.described().items():
         ours = getattr(config, key)
-        # Width and patch first: a tower of another kind differs in everything, and those say it best.
+        # Width and patch size come first: if the tower is of another kind, they are the clearest error.
         if not math.isclose(ours, theirs):
             raise UserError(
                 f"The recipe's model.vision.{key} is {ours:g}, but {path} has {theirs:g}: set "
-                f"model.vision.{key}={theirs:g} or give the CLIP the recipe is for."
+                f"model.vision.{key}={theirs:g}, or give the CLIP that the recipe is for."
             )
     for name, shape in tower_shapes(config).items():
         if name not in clip.shapes:
-            raise UserError(f"{path} lacks a tensor of its vision tower, here {name}: is its download complete?")
+            raise UserError(f"{path} lacks a tensor of its vision tower: {name}. Is its download complete?")
         if clip.shapes[name] != shape:
             raise UserError(
-                f"{path}: {clip.parts[name][0]} is {list(clip.shapes[name])}, but the recipe's model.vision makes it "
-                f"{list(shape)}."
+                f"{path}: {clip.parts[name][0]} is {list(clip.shapes[name])}, but by the recipe's model.vision it must "
+                f"be {list(shape)}."
             )
     unused = clip.unused(config)
     if unused:
         raise UserError(
             f"{path} has {len(unused)} tensors in its vision tower that the tower here does not use: {some(unused)}. "
-            "Without them it would compute something else. Give OpenAI's CLIP or one built like it."
+            "Without them its output would differ. Give OpenAI's CLIP, or one with the same architecture."
         )
     return clip
 
 
 def load_clip(tower: VisionTower, path: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Fills the tower's frozen parameters, cast to their dtype; adapters are not touched.
+    """Fills the tower's frozen parameters, cast to their dtype. Adapters are left as they are.
 
-    What the tower does not need (text tower, projection, blocks after the last one read out) is not read.
+    Tensors that the tower does not need (text tower, projection, blocks after the last one read out) are not read.
     on_progress(done, total) is called after every tensor.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Vicuna v0 and its like: base plus delta, as a Hugging Face folder.
+"""Adds a weight delta, such as Vicuna v0's, to its base. The result is a Hugging Face folder.
 
-Such a delta must be added to LLaMA in Hugging Face's layout, which orders rotary features differently from Meta's: the
-sum with Meta's files as they are is nonsense, without an error. The delta's vocabulary may be larger (v0: 32001 instead
-of 32000, for [PAD]). The base has no such rows, so those rows of the embedding and the output are the delta's own.
+The delta must be added in Hugging Face's layout, which orders rotary features differently from Meta's. Adding it to
+Meta's files as they are gives nonsense without an error. The delta's vocabulary may be larger (v0: 32001 instead of
+32000, for [PAD]). For these additional rows of the embedding and the output, the result is the delta's rows.
 
-Works on one tensor at a time: memory is one file's worth (FILE_BYTES) and a tensor.
+The merge works on one tensor at a time. It needs memory for one output file (FILE_BYTES) and one tensor.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lavin_ds.weights.llama import HuggingFaceLlama, MetaLlama, check_llama, lla
 from lavin_ds.weights.tensor_files import save_tensors
 
 FILE_BYTES = 1_000_000_000
-GROWING = ("tok_embeddings.weight", "output.weight")  # with the vocabulary
-# Files copied beside the weights: the delta's, or else the base's.
+GROWING = ("tok_embeddings.weight", "output.weight")  # tensors with one row per token of the vocabulary
+# Files to copy beside the weights: the delta's, or the base's if the delta has none.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,7 +45,7 @@ class Merged:
     files: int
     bytes: int
     vocab_size: int
-    added_rows: int  # of the vocabulary, which the base does not have; not written with drop_added_rows
+    added_rows: int  # rows of the delta's vocabulary that the base lacks; drop_added_rows leaves them out
 
 
 def merge_delta(
@@ -57,27 +57,29 @@ def merge_delta(
 ) -> Merged:
     """Writes `base` (Meta's or Hugging Face's layout) plus `delta` (Hugging Face's) to the new folder `out`.
 
-    Sums are in the delta's dtype. The folder gets its name when it is complete.
+    Sums are in the delta's dtype. The folder is renamed to `out` when it is complete.
     drop_added_rows: leave out the rows of tokens that the base does not have.
     on_progress(done, total) is called after every tensor.
 
     Raises:
-        UserError: `out` exists, or one of the two is no LLaMA, or they do not fit together.
+        UserError: `out` exists, or `base` or `delta` is not a LLaMA, or they do not fit together.
     """
     if out.exists():
-        raise UserError(f"--out {out} exists: give a folder that does not, so that nothing is mixed.")
+        raise UserError(f"--out {out} exists already: give a new folder.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}. Make it first.")
     opened = open_llama(delta)
     if isinstance(opened, MetaLlama):
-        raise UserError(f"--delta {delta} is in Meta's layout, but deltas come in Hugging Face's (config.json).")
+        raise UserError(
+            f"--delta {delta} is in Meta's layout, but a delta must be in Hugging Face's (with a config.json)."
+        )
     config = _config_of(opened)
     delta_files = check_llama(delta, config)
     base_rows = open_llama(base).described()["vocab_size"]
     if base_rows is None or base_rows > config.vocab_size:
         raise UserError(
-            f"--base {base} has a vocabulary of {base_rows}, --delta {delta} of {config.vocab_size}: a delta "
-            "has as many rows or more. Are they the right way round?"
+            f"--base {base} has a vocabulary of {base_rows}, and --delta {delta} one of {config.vocab_size}. A delta's "
+            "vocabulary is never smaller: are base and delta swapped?"
         )
     base_config = config.model_copy(update={"vocab_size": base_rows})
     base_files = check_llama(base, base_config)
@@ -115,7 +117,7 @@ def _config_of(files: HuggingFaceLlama) -> LlamaConfig:
         return LlamaConfig.model_validate(described)
     except ValueError:
         missing = sorted({"dim", "n_layers", "n_heads", "ffn_dim"} - set(described))
-        told = f"lacks what makes up {', '.join(missing)}" if missing else "does not describe a LLaMA"
+        told = f"does not give {', '.join(missing)}" if missing else "does not describe a LLaMA"
         raise UserError(f"{files.path / 'config.json'} {told}: is it the delta's own?") from None
 
 
@@ -126,7 +128,7 @@ def _sum(
     delta: HuggingFaceLlama,
     config: LlamaConfig,
 ) -> torch.Tensor:
-    """Base plus delta of one tensor (`name` and base's `shape` as in the model), in Hugging Face's layout."""
+    """Base plus delta of one tensor, in Hugging Face's layout. `name` is the model's; `shape` is the base's."""
     theirs = delta.names[name]
     file = delta.file_of[theirs]
     source = file.tensor(theirs)
@@ -135,14 +137,14 @@ def _sum(
     added = torch.empty(shape, dtype=total.dtype)
     base.copy(name, tuple(slice(0, size) for size in shape), shape, config.head_dim, added)
     if name.endswith(HuggingFaceLlama.ROTATED):
-        # Meta's neighbouring pairs apart: the inverse of what HuggingFaceLlama.copy does.
+        # From Meta's neighbouring pairs to Hugging Face's halves: the inverse of HuggingFaceLlama.copy.
         added = added.view(-1, config.head_dim // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
-    total[: shape[0]] += added  # rows that the base has not stay the delta's own
+    total[: shape[0]] += added  # rows that the base lacks keep the delta's values
     return total
 
 
 class _Writer:
-    """model-0000N.safetensors and their index in a folder, with about FILE_BYTES of tensors at a time in memory."""
+    """Writes model-0000N.safetensors and their index. It holds about FILE_BYTES of tensors in memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Exports: a complete run's adapters as one file to hand on."""
+"""Exports the adapters of a complete run to one file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIX = {"safetensors": ".safetensors", "official": ".pth"}
 
 
 def export_adapter(run: Path, out: Path, layout: Literal["safetensors", "official"]) -> AdapterRecord:
-    """Writes the adapters of `run` to `out`, and out.json beside it; neither exists half-written.
+    """Writes the adapters of `run` to `out`, and out.json beside it. Each is written atomically.
 
     Raises:
         UserError: the run is not complete, its adapters do not fit their record, or `out` cannot be written.
@@ -32,7 +32,7 @@ def export_adapter(run: Path, out: Path, layout: Literal["safetensors", "officia
     check_trainable({name: tuple(shape) for name, shape in record.tensors.items()}, tensors, where=str(source))
     content = source.read_bytes()
     if layout == "official":
-        from lavin_ds.weights.official import official_bytes, official_name  # with it the model
+        from lavin_ds.weights.official import official_bytes, official_name  # imports torch and the model
 
         content = official_bytes(tensors, record.config)
         shapes = {official_name(name): shape for name, shape in record.tensors.items()}

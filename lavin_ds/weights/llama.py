@@ -1,11 +1,11 @@
-"""Reads a LLaMA's weights, as Meta or Hugging Face store them, straight into this rank's parameters.
+"""Reads a LLaMA's weights, in Meta's or Hugging Face's layout, directly into this rank's parameters.
 
     Meta          params.json   consolidated.NN.pth                          split over any number of shards
-    Hugging Face  config.json   model*.safetensors or pytorch_model*.bin     whole tensors, rotary pairs apart
+    Hugging Face  config.json   model*.safetensors or pytorch_model*.bin     whole tensors, rotary halves separate
 
-Names here are Meta's, which are also the model's. Opening a folder reads only JSON and tensor headers; loading
-goes tensor by tensor, and a tensor-parallel rank reads only the bytes of its own slice. Opening and comparing needs
-neither torch nor the model, which take seconds to import.
+Names here are Meta's, which are also the model's. Opening a folder reads only JSON and tensor headers. Loading reads
+one tensor at a time, and a tensor-parallel rank reads only the bytes of its own slice. Opening and comparing does not
+import torch or the model, which takes seconds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
     from lavin_ds.models.llama import Llama
 
-ROPE_THETA = 10000.0  # where the files do not state it
-Part = tuple[slice, ...]  # of a tensor: from where to where in every dimension
+ROPE_THETA = 10000.0  # if the files do not give it
+Part = tuple[slice, ...]  # of a tensor: one slice per dimension
 
 
 class MetaLlama:
     """A folder with params.json and consolidated.NN.pth.
 
-    Every shard holds every tensor: a part of it, or all of it. Which dimension is split shows in the shapes: that
-    of LLaMA-1 and 2's token embedding is the width, LLaMA-3's the vocabulary.
+    Every shard holds a part of each tensor, or all of it. The shapes tell which dimension is split: for the token
+    embedding it is the width in LLaMA-1 and 2, and the vocabulary in LLaMA-3.
     """
 
     def __init__(self, path: Path):
@@ -46,12 +46,14 @@ class MetaLlama:
         files = sorted(path.glob("consolidated.*.pth"))
         numbers = [file.name.split(".")[1] for file in files]
         if numbers != [f"{i:02d}" for i in range(len(files))]:
-            raise UserError(f"{path} holds shards {', '.join(numbers)}: a shard is missing, or there is one too many.")
+            raise UserError(
+                f"{path} holds the shards {', '.join(numbers)}: one is missing, or one does not belong to the model."
+            )
         self.shards = [TorchFile(file, key="model") for file in files]
         self.shapes = self.shards[0].shapes
         for shard in self.shards[1:]:
             if shard.shapes != self.shapes:
-                raise UserError(f"{shard.path} and {files[0]} hold different tensors: are they of one model?")
+                raise UserError(f"{shard.path} and {files[0]} hold different tensors: are they of the same model?")
         self.names = {name: name for name in self.shapes if not IGNORABLE.search(name)}
 
     def described(self) -> dict[str, object]:
@@ -66,12 +68,12 @@ class MetaLlama:
         return facts
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        """UserError if the shards of `name` do not make up a tensor of that shape."""
+        """Raises UserError if the shards of `name` do not add up to the shape `expected`."""
         shape, n = self.shapes[name], len(self.shards)
         if self._split_dim(shape, expected) is None and shape != expected:
             raise UserError(
-                f"{self.path}: {name} is {list(shape)} in each of {n} shard{'s' * (n > 1)}, but the recipe's "
-                f"model.llm makes it {list(expected)} in all."
+                f"{self.path}: {name} is {list(shape)} in each of {n} shard{'s' * (n > 1)}, but by the recipe's "
+                f"model.llm it must be {list(expected)} in total."
             )
 
     def _split_dim(self, shape: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
@@ -80,9 +82,9 @@ class MetaLlama:
         return split[0] if len(split) == 1 and shape[split[0]] * n == whole[split[0]] else None
 
     def copy(self, name: str, part: Part, whole: tuple[int, ...], head_dim: int, target: torch.Tensor) -> None:
-        """Fills `target` with that part of a tensor whose whole shape is `whole`."""
+        """Fills `target` with a part of tensor `name`, whose whole shape is `whole`."""
         split = self._split_dim(self.shapes[name], whole)
-        if split is None:  # every shard holds all of it
+        if split is None:  # every shard holds the whole tensor
             source = self.shards[0].tensor(name)
             copy_in_bands(target, source[part])
             self.shards[0].release(source)
@@ -99,7 +101,7 @@ class MetaLlama:
 
 
 class HuggingFaceLlama:
-    """A folder with config.json and model.safetensors or pytorch_model.bin, in one piece or by an index."""
+    """A folder with config.json and either model.safetensors or pytorch_model.bin, in one file or with an index."""
 
     NAMES = {
         "model.embed_tokens.weight": "tok_embeddings.weight",
@@ -152,11 +154,11 @@ class HuggingFaceLlama:
         if kind == "default":
             return False
         if kind != "llama3":
-            raise UserError(f"{self.path / 'config.json'} scales rotary positions by '{kind}': only 'llama3' is known.")
+            raise UserError(f"{self.path / 'config.json'} has RoPE scaling '{kind}': lavin_ds knows only 'llama3'.")
         return RopeScaling(**{key: scaling[key] for key in RopeScaling.model_fields if key in scaling})
 
     def _model_names(self) -> dict[str, str]:
-        """The model's name of every tensor, to its name in the files; unknown names stand for themselves."""
+        """Maps the model's name of every tensor to its name in the files. Unknown names are kept as they are."""
         names = {}
         for theirs in self.shapes:
             if IGNORABLE.search(theirs):
@@ -166,28 +168,28 @@ class HuggingFaceLlama:
                 names[f"layers.{layer[1]}.{self.LAYER_NAMES[layer[2]]}"] = theirs
             else:
                 names[self.NAMES.get(theirs, theirs)] = theirs
-        if self.params.get("tie_word_embeddings"):  # transformers then ignores an output of the file's own, too
+        if self.params.get("tie_word_embeddings"):  # as transformers, even if the file has an output tensor
             names["output.weight"] = "model.embed_tokens.weight"
         return names
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        """UserError if tensor `name` (the model's) has another shape."""
+        """Raises UserError if the shape of tensor `name` differs from `expected`."""
         theirs = self.names[name]
         if self.shapes[theirs] != expected:
             raise UserError(
-                f"{self.path}: {theirs} is {list(self.shapes[theirs])}, but the recipe's model.llm makes it "
+                f"{self.path}: {theirs} is {list(self.shapes[theirs])}, but by the recipe's model.llm it must be "
                 f"{list(expected)}."
             )
 
     def copy(self, name: str, part: Part, whole: tuple[int, ...], head_dim: int, target: torch.Tensor) -> None:
-        """Fills `target` with that part of a tensor."""
+        """Fills `target` with a part of tensor `name`."""
         theirs = self.names[name]
         file = self.file_of[theirs]
         source = file.tensor(theirs)
         wanted = source[part]
         if name.endswith(self.ROTATED):
-            # Hugging Face stores a head's even features before its odd ones; Meta stores them as neighbours. A rank
-            # holds whole heads, so each slice can be rearranged by itself.
+            # Hugging Face stores a head's even features before its odd ones; Meta interleaves them. A rank holds whole
+            # heads, so its slice can be rearranged without the others.
             wanted = wanted.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
             target = target.view(-1, head_dim // 2, 2, target.shape[1])
         copy_in_bands(target, wanted)
@@ -198,10 +200,10 @@ def open_llama(path: Path) -> MetaLlama | HuggingFaceLlama:
     """Opens a folder of LLaMA weights without reading the tensors.
 
     Raises:
-        UserError: no such folder, neither layout in it, or a file that cannot be read.
+        UserError: there is no such folder, or it has neither layout, or a file cannot be read.
     """
     if path.is_file():
-        raise UserError(f"{path} is a file: give the folder that it lies in, with Meta's or Hugging Face's files.")
+        raise UserError(f"{path} is a file: give its folder, which holds Meta's or Hugging Face's files.")
     if not path.is_dir():
         raise UserError(f"No LLaMA at {path}: give a folder with Meta's or Hugging Face's files.")
     if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
@@ -215,7 +217,7 @@ def open_llama(path: Path) -> MetaLlama | HuggingFaceLlama:
 
 
 def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every frozen tensor's whole shape, by name."""
+    """Whole shapes of the frozen tensors, by name."""
     D, F, K = config.dim, config.ffn_dim, config.head_dim
     block = {
         "attention.wq.weight": (config.n_heads * K, D),
@@ -236,11 +238,11 @@ def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_llama(path: Path, config: LlamaConfig) -> MetaLlama | HuggingFaceLlama:
-    """Opens a folder and compares it with the recipe, from JSON and tensor headers alone.
+    """Opens a folder and compares it with the recipe. It reads only JSON and tensor headers.
 
     Raises:
-        UserError: as open_llama; or the files and the recipe disagree in a number or a shape; or a tensor is missing,
-            or one is there that the model does not use.
+        UserError: as open_llama; or a number or a shape differs between files and recipe; or a tensor is missing, or
+            the model would not use it.
     """
     files = open_llama(path)
     _compare(files, config)
@@ -255,7 +257,7 @@ def check_llama(path: Path, config: LlamaConfig) -> MetaLlama | HuggingFaceLlama
 
 
 def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-    """Fills the frozen parameters of `model` on this rank, cast to their dtype; adapters are not touched.
+    """Fills the frozen parameters of `model` on this rank, cast to their dtype. Adapters are left as they are.
 
     on_progress(done, total) is called after every tensor.
 
@@ -275,7 +277,7 @@ def load_llama(model: Llama, path: Path, on_progress: Callable[[int, int], None]
 
 
 def _compare(files: MetaLlama | HuggingFaceLlama, config: LlamaConfig) -> None:
-    """Every number that the files state against the recipe's; a number they do not state is not compared."""
+    """Compares every number that the files give with the recipe's. A number that they do not give is not compared."""
     described = files.described()
     scaling = described.pop("rope_scaling")
     recipe = config.model_dump() | {"n_kv_heads": config.kv_heads}
@@ -283,18 +285,18 @@ def _compare(files: MetaLlama | HuggingFaceLlama, config: LlamaConfig) -> None:
         if theirs is None:
             continue
         if not isinstance(theirs, (int, float)):
-            raise UserError(f"{files.path}: its description of {key} must be a number, not {theirs!r}.")
+            raise UserError(f"{files.path}: its value for {key} must be a number, not {theirs!r}.")
         if not math.isclose(theirs, recipe[key], rel_tol=1e-9):
             raise UserError(
                 f"The recipe's model.llm.{key} is {recipe[key]:g}, but {files.path} has {theirs:g}: "
-                f"set model.llm.{key}={theirs:g} or give the weights the recipe is for."
+                f"set model.llm.{key}={theirs:g}, or give the weights that the recipe is for."
             )
-    # Meta's params.json says only that there is a scaling.
+    # Meta's params.json says only whether there is a scaling.
     agrees = bool(scaling) == bool(config.rope_scaling) if isinstance(scaling, bool) else scaling == config.rope_scaling
     if not agrees:
         raise UserError(
             f"The recipe's model.llm.rope_scaling is {config.rope_scaling}, but {files.path} has "
-            f"{scaling or 'none'}: make them agree."
+            f"{scaling or 'none'}: change the recipe, or give the weights that it is for."
         )
 
 
@@ -303,12 +305,14 @@ def _huggingface_files(path: Path) -> list[SafetensorsFile | TorchFile]:
         if (path / index_name).is_file():
             weight_map = _read_json(path / index_name).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise UserError(f"{path / index_name} has no weight_map: it is not an index of weights.")
+                raise UserError(f"{path / index_name} has no weight_map, so it is not an index of weights.")
             absent = sorted({name for name in weight_map.values() if not (path / name).is_file()})
             if absent:
-                raise UserError(f"{path / index_name} names {some(absent)}, which {path} lacks: download the rest.")
+                raise UserError(
+                    f"{path / index_name} names {some(absent)}, which {path} lacks: download the missing files."
+                )
             return [open_tensors(path / name) for name in sorted(set(weight_map.values()))]
-    # model.safetensors holds all of the model: others beside it are other things, such as adapters.
+    # model.safetensors holds the whole model: other files beside it are something else, such as adapters.
     for pattern in ("model.safetensors", "*.safetensors", "pytorch_model*.bin"):
         files = sorted(path.glob(pattern))
         if files:

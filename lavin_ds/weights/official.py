@@ -1,8 +1,8 @@
-"""The LaVIN authors' checkpoints: importing them, and exporting adapters in their layout.
+"""Imports the LaVIN authors' checkpoints, and exports adapters in their layout.
 
 Their training script writes `checkpoint-N.pth` with keys model, optimizer, epoch, scaler and args; `model` holds the
 trainable parameters, with a `module.` prefix under data parallelism (reference.md, sections 6 and 10). Only tensors
-and an argparse.Namespace are unpickled. Their adapters want `compat: lavin-official` to give their numbers.
+and an argparse.Namespace are unpickled. Their adapters give their published numbers with `compat: lavin-official`.
 
     theirs                                                          ours
     layers.N.adapter_{attn,mlp}.*                                   llm.layers.N.adapters.{attention,ffn}.*
@@ -14,9 +14,9 @@ and an argparse.Namespace are unpickled. Their adapters want `compat: lavin-offi
     adapter_proj.conv_A.*, adapter_proj.conv_B.*                    neck.down_*, neck.up_*
     adapter_modality_embedding.weight                               modality.weight
 
-adapter_mlp exists with their adapter_type block in the LLM, and visual_adapter_type router_block in the ViT. Their
-generation routes an adapter_mlp of the LLM by a different hidden state than their training does (reference.md,
-section 4). That is not reproduced.
+Their adapter_mlp exists only if adapter_type is block (in the LLM) or visual_adapter_type is router_block (in the ViT).
+In generation, their code routes an adapter_mlp of the LLM by a different hidden state than in training (reference.md,
+section 4). This is not reproduced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OWNERS = [
     (re.compile(r"vision\.blocks\.(\d+)\.adapters\.(attention|ffn)\.(\w+)"), "backbone.visual.transformer.resblocks"),
 ]
 PLACES = {"attention": "adapter_attn", "ffn": "adapter_mlp"}
-KINDS = ("none", "mm", "rep", "bottleneck")  # that their modules can hold
+KINDS = ("none", "mm", "rep", "bottleneck")  # adapter kinds that their layout can hold
 CONVOLUTIONS = {"down": "conv_A", "up_0": "conv_B", "up_1": "conv_D", "up": "conv_B", "router": "expert_weights"}
 WHOLE_NAMES = {
     "neck.down_weight": "adapter_proj.conv_A.weight",
@@ -52,7 +52,7 @@ WHOLE_NAMES = {
 
 
 def official_name(name: str) -> str:
-    """The authors' name of one of Lavin.trainable().
+    """The authors' name of a parameter of Lavin.trainable().
 
     Raises:
         UserError: their layout has no such parameter.
@@ -69,22 +69,22 @@ def official_name(name: str) -> str:
 
 
 def _no_place(what: str) -> UserError:
-    return UserError(f"The authors' layout has no place for {what}: use ours (--layout safetensors).")
+    return UserError(f"The authors' layout has no place for {what}: give --layout safetensors.")
 
 
 def _check_kinds(config: ModelConfig) -> None:
-    """Some adapters have the authors' names and another meaning."""
+    """Refuses kinds whose parameters have the authors' names but another meaning."""
     for adapter in (config.llm_adapter, config.vision_adapter):
         if adapter.kind not in KINDS:
             raise _no_place(f"adapters of kind {adapter.kind}")
     if config.vision and config.neck.kind != "lavin":
         raise _no_place(f"a neck of kind {config.neck.kind}")
     if config.vision and (config.vision.readout.rows != "cls" or config.vision.readout.norm):
-        raise _no_place("other visual features than [cls] tokens without the last norm")
+        raise _no_place("visual features that are not [cls] tokens without the last norm")
 
 
 def is_convolution(official: str) -> bool:
-    """Whether a tensor carries the width 1 of a convolution as a last dimension in the authors' layout."""
+    """Whether a tensor is a convolution of width 1 in the authors' layout, with a last dimension of 1."""
     return bool(re.search(r"adapter_(attn|mlp)\.conv_[ABD]\.weight$", official))
 
 
@@ -101,13 +101,13 @@ def import_official(model: Lavin, file: Path) -> argparse.Namespace:
         if official in theirs:
             tensor = theirs.pop(official)
             tensors[name] = tensor.squeeze(-1) if is_convolution(official) else tensor
-    # What is left over keeps its own name, so that the error says it.
+    # Tensors that are left over keep their own names, which the error then shows.
     fill_trainable(model, tensors | theirs, where=str(file))
     return arguments
 
 
 def read_official(file: Path, config: ModelConfig) -> tuple[argparse.Namespace, dict[str, torch.Tensor]]:
-    """The authors' checkpoint, mapped: its training arguments, and its tensors by their names without `module.`.
+    """Opens the authors' checkpoint, memory-mapped. Returns its arguments, and its tensors by name without `module.`.
 
     Raises:
         UserError: the file cannot be read safely, or its arguments do not fit the recipe.
@@ -122,7 +122,7 @@ def read_official(file: Path, config: ModelConfig) -> tuple[argparse.Namespace, 
 
 
 def _check_arguments(arguments: argparse.Namespace, config: ModelConfig, file: Path) -> None:
-    """Numbers that no tensor's shape tells, or tells badly."""
+    """Compares numbers that the shapes of the tensors do not tell, or would report badly."""
     adapter = config.llm_adapter
     for argument, key, ours in [
         ("adapter_dim", "llm_adapter.dim", adapter.dim),
@@ -139,10 +139,10 @@ def _check_arguments(arguments: argparse.Namespace, config: ModelConfig, file: P
 
 
 def official_bytes(tensors: Mapping[str, torch.Tensor], config: RunConfig) -> bytes:
-    """Adapters (Lavin.trainable(), by name) as the content of a file that the authors' evaluation reads.
+    """The content of a file for the authors' evaluation. `tensors` are Lavin.trainable(), by name.
 
     Raises:
-        UserError: their layout has no place for one of them.
+        UserError: their layout has no place for one of the tensors.
     """
     _check_kinds(config.model)
     llm, vision = config.model.llm_adapter, config.model.vision_adapter

@@ -1,9 +1,9 @@
-"""Files of named tensors, opened without reading them: .safetensors, and torch's zip files (.pth, .pt, .bin).
+"""Opens files of named tensors without reading the data: .safetensors, and torch's zip files (.pth, .pt, .bin).
 
-Tensors are views of the mapped file: a byte is read when it is used, so a slice costs only itself. Nothing in a file is
-executed: torch's `weights_only` reader unpickles torch files.
+Tensors are views of the memory-mapped file, so only the bytes that are used are read. No code in a file is executed:
+torch files are unpickled with `weights_only`.
 
-Names and shapes of .safetensors are read without torch, which takes seconds to import.
+Names and shapes of .safetensors are read without importing torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ BAND_BYTES = 1 << 24
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file with the permissions of any other new file, and flushes it to disk.
+    """Writes a .safetensors file and flushes it to disk.
 
-    safetensors itself lets only the owner read the file.
+    The file gets the usual permissions of a new file; safetensors would let only the owner read it.
     """
     from safetensors.torch import save_file
 
@@ -46,17 +46,17 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 class SafetensorsFile:
-    """One .safetensors file; only its header is read.
+    """One .safetensors file. Opening it reads only its header.
 
     Raises:
-        UserError: not a safetensors file, or shorter than its header says.
+        UserError: it is not a safetensors file, or is shorter than its header says.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             header = safe_open(path, framework="np")
-            names = header.keys()  # it is no dict: it cannot be iterated
+            names = header.keys()  # safe_open itself is not iterable
         except (SafetensorError, OSError) as error:
             said = _stand_in(path) or f"cannot be read as safetensors ({error}): is its download complete?"
             raise UserError(f"{path} {said}") from None
@@ -70,7 +70,7 @@ class SafetensorsFile:
             return safe_open(self.path, framework="pt")
         except RuntimeError as error:  # torch's
             raise UserError(
-                f"{self.path} cannot be mapped ({error}): has this machine less memory than the file?"
+                f"{self.path} cannot be memory-mapped ({error}): is the file larger than this machine's memory?"
             ) from None
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -81,10 +81,10 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """One torch zip file that holds a dict of tensors, or a dict with one under `key` or "state_dict".
+    """One torch zip file that holds a dict of tensors, or such a dict under `key`.
 
     Raises:
-        UserError: not such a file, in the format from before torch 1.6, a TorchScript archive, or one that asks
+        UserError: it is not such a file, or has the format from before torch 1.6, or is a TorchScript archive, or asks
             for more than tensors.
     """
 
@@ -108,11 +108,11 @@ class TorchFile:
 
 
 def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
-    """torch.load, mapped and without executing anything. It may also build instances of `allowed_globals`."""
+    """torch.load, memory-mapped and without executing code. `allowed_globals` are classes it may also build."""
     import torch
 
     if path.is_file() and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} {_stand_in(path) or 'is no file that torch.save wrote: is it the right one?'}")
+        raise UserError(f"{path} {_stand_in(path) or 'was not written by torch.save: is it the right file?'}")
     allowed = torch.serialization.safe_globals(list(allowed_globals)) if allowed_globals else nullcontext()
     try:
         with allowed:
@@ -123,7 +123,7 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"{path} asks to build {wanted.group(1) if wanted else 'an object'}, which is not a tensor, so it is "
-            "not opened. Save its state dict alone, best as .safetensors."
+            "not opened. Save only its state dict, best as .safetensors."
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().partition(". ")[0]
@@ -131,19 +131,19 @@ def load_torch(path: Path, allowed_globals: tuple = ()) -> object:
 
 
 def _stand_in(path: Path) -> str | None:
-    """What a file that holds no tensors seems to be, and what to do about it; None if it is nothing known."""
+    """What a file without tensors seems to be, and what to do about it; None if that is unknown."""
     with path.open("rb") as file:
         start = file.read(40)
     if not start:
         return "is empty: download it again."
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file: fetch it with `git lfs pull`, or download it by hand."
+        return "is a Git LFS pointer, not the file: fetch the file with `git lfs pull`, or download it by hand."
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not the file: download it again from the link behind it."
     if start.startswith(b"PK\x03\x04"):
         return "is cut short: download it again."
     if start.startswith(b"\x80"):
-        return "is a pickle from before torch 1.6: load it with the torch that it comes from and save it anew."
+        return "is a pickle from before torch 1.6: load it and save it again with a newer torch."
     return None
 
 
@@ -169,8 +169,8 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
 def copy_in_bands(target: torch.Tensor, source: torch.Tensor) -> None:
     """target.copy_(source), BAND_BYTES at a time along dimension 0.
 
-    Where the devices differ and so does the dtype or the layout, torch first makes a copy of the source in host memory.
-    So that copy is a band, not the tensor.
+    If the devices differ and the dtypes or layouts differ too, torch first copies the source in host memory. Here that
+    copy is as small as a band.
     """
     rows = max(1, BAND_BYTES * len(source) // max(1, source.nbytes))
     for into, band in zip(target.split(rows), source.split(rows), strict=True):
@@ -178,9 +178,9 @@ def copy_in_bands(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def give_back_pages(tensor: torch.Tensor) -> None:
-    """Gives back the resident pages of a mapped tensor; they are read again if it is used again.
+    """Releases the resident pages of a memory-mapped tensor. They are read again if the tensor is used again.
 
-    Without this, the whole file would count as this process's memory, beside the copy made from it.
+    Without this, the whole file would count as memory of this process, in addition to the copy made from it.
     """
     if sys.platform != "linux":
         return

@@ -1,9 +1,9 @@
 """Reads the tensors of a TorchScript archive, such as OpenAI's ViT-L-14.pt, without running it.
 
-torch.jit.load would compile the code inside, and torch.load(weights_only=True) refuses these archives. One is a
-zip: data.pkl is a pickled tree of modules whose classes are named `__torch__...`, and data/N are the storages.
-Here the pickle may build only plain containers and descriptions of tensors: any other global ends the reading. A
-storage is read when its tensor is asked for.
+torch.jit.load would compile the code inside, and torch.load(weights_only=True) refuses these archives. An archive is a
+zip file: data.pkl is a pickled tree of modules whose classes are named `__torch__...`, and data/N are the storages.
+The unpickler here builds only plain containers and descriptions of tensors, and refuses any other global. A storage is
+read when its tensor is requested.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavin_ds.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-STORAGE_DTYPES = {  # names in torch
+STORAGE_DTYPES = {  # storage class -> name of the dtype in torch
     "FloatStorage": "float32",
     "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16",
@@ -50,7 +50,7 @@ class TorchScriptFile:
             self.shapes = {name: tuple(tensor.size) for name, tensor in self._tensors.items()}
         except UserError:
             raise
-        # A damaged pickle raises nearly anything.
+        # A damaged pickle may raise almost any exception.
         except Exception as error:
             raise UserError(f"{path} cannot be read as a TorchScript archive: {error}.") from None
 
@@ -66,11 +66,11 @@ class TorchScriptFile:
             raise UserError(f"{self.path}: {name} cannot be read ({error}): is its download complete?") from None
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Nothing to give back: a tensor is read, not mapped."""
+        """Does nothing: a tensor is read, not memory-mapped."""
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a zip with compiled code inside."""
+    """Whether a file is a zip with TorchScript code inside."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -79,7 +79,7 @@ def is_torchscript(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Storage:
-    """data/KEY of the archive, elements of one dtype."""
+    """The file data/KEY of the archive, and the dtype of its elements."""
 
     dtype: str
     key: str
@@ -87,7 +87,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a storage, by torch.as_strided's arguments."""
+    """A tensor in a storage, as the arguments of torch.as_strided."""
 
     storage: _Storage
     offset: int
@@ -96,11 +96,11 @@ class _Stored:
 
 
 class _Module:
-    """Stands for an instance of any `__torch__` class; pickle fills its __dict__."""
+    """Replaces instances of all `__torch__` classes. pickle fills its __dict__."""
 
 
 class _Reader(pickle.Unpickler):
-    """The pickle of one archive, with every global that it may name."""
+    """Unpickles data.pkl of one archive. It may use only the globals in ALLOWED, storages and `__torch__` classes."""
 
     ALLOWED = {
         ("collections", "OrderedDict"): OrderedDict,

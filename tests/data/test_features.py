@@ -150,7 +150,7 @@ def test_adapters_in_the_vit_refuse_cached_features_and_say_why(shards, clip):
     adapted = {"vision_adapter": {"kind": "mm"}}
     with pytest.raises(UserError, match="would change them at every step"):
         config_with(vision_source="cached", **adapted)
-    with pytest.raises(UserError, match="change the features at every step of training"):
+    with pytest.raises(UserError, match="change the features at every training step"):
         features.plan(shards, clip, config_with(**adapted))
 
 

@@ -85,9 +85,9 @@ def test_splits_can_be_chosen_and_must_exist(tmp_path, tokenizer_file):
     [
         ({"sentences": []}, "train 12: sentences is refused"),
         ({"sentences": [{"raw": " "}]}, "train 12: sentences have an empty caption"),
-        ({"filename": "../../x.jpg"}, "train 12: filename .* would leave"),
+        ({"filename": "../../x.jpg"}, "train 12: filename .* is not a plain relative path"),
         ({"filename": "absent.jpg"}, "train 12: image .*absent.jpg is missing"),
-        ({"cocoid": 11}, "train 11: cocoid stands twice"),
+        ({"cocoid": 11}, "train 11: cocoid appears twice"),
     ],
 )
 def test_a_bad_record_is_named_or_skipped(tmp_path, tokenizer_file, changes, message):

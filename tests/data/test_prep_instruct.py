@@ -94,8 +94,16 @@ BAD = {
         "llava-1: conversations.0.from is",
     ),
     "mark without image": ("llava", {"conversations": said("<image>", "b")}, "llava-1: image is missing"),
-    "leaves": ("llava", {"image": "../alpaca.json", "conversations": said("a", "b")}, "llava-1: image .* would leave"),
-    "absolute": ("llava", {"image": "/etc/passwd", "conversations": said("a", "b")}, "llava-1: image .* would leave"),
+    "leaves": (
+        "llava",
+        {"image": "../alpaca.json", "conversations": said("a", "b")},
+        "llava-1: image .* is not a plain relative path",
+    ),
+    "absolute": (
+        "llava",
+        {"image": "/etc/passwd", "conversations": said("a", "b")},
+        "llava-1: image .* is not a plain relative path",
+    ),
     "two images": ("llava", {"image": ["a", "b"], "conversations": said("a", "b")}, "llava-1: image is refused"),
     "absent": ("llava", {"image": "a/2.jpg", "conversations": said("a", "b")}, "llava-1: image .*2.jpg is missing"),
 }
@@ -126,9 +134,9 @@ def test_images_that_are_all_missing_may_be_of_another_folder(tmp_path, tokenize
 
 def test_images_without_their_folder_are_refused(tmp_path, tokenizer_file):
     write(tmp_path)
-    with pytest.raises(UserError, match="llava-0: image is given, and --images is not"):
+    with pytest.raises(UserError, match="llava-0: image is given, but --images is not"):
         prepare(tmp_path, tokenizer_file, images=None)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         prepare(tmp_path, tokenizer_file, images=tmp_path / "elsewhere")
 
 

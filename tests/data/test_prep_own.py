@@ -118,11 +118,11 @@ TOOL = [*said("a"), {"role": "assistant", "content": None, "tool_calls": [1]}]
 NOT_LEARNT = [*said("a"), {"role": "assistant", "content": "b", "weight": 0}]
 TWO = ["a/1.jpg", "a/2.jpg"]
 BAD = {
-    "no reply": ({"messages": said("Look.")}, "messages must alternate .* these are user$"),
+    "no reply": ({"messages": said("Look.")}, "messages must alternate .* the roles are user$"),
     "reply first": ({"messages": said("a", "b")[::-1]}, "messages must alternate"),
     "late system": (
         {"messages": LATE},
-        "these are user, assistant, system",
+        "the roles are user, assistant, system",
     ),
     "empty instruction": ({"messages": said(" ", "b")}, "messages have an empty instruction"),
     "empty reply": ({"messages": said("a", "")}, "messages have an empty reply"),
@@ -139,7 +139,7 @@ BAD = {
     "audio": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 'content.0. is of type "audio"'),
     "other speaker": ({"conversations": [{"from": "x", "value": "y"}]}, r'conversations\[0\].from is "x"'),
     "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
-    "mark without image": ({"messages": said("<image>a", "b")}, "image is missing, and the conversation has <image>"),
+    "mark without image": ({"messages": said("<image>a", "b")}, "image is missing, but the conversation has <image>"),
     "two images": (
         {"messages": said("a", "b"), "images": TWO},
         "image is given 2 times: a record may",
@@ -147,20 +147,20 @@ BAD = {
     "two marks": ({"messages": said("<image><image>a", "b"), "image": "a/1.jpg"}, "image is given 2 times"),
     "remote": (
         {"messages": asks_about("https://x.org/1.jpg")},
-        r'\[0\] is an address, "https://x.org/1.jpg"',
+        r'\[0\] is a URL, "https://x.org/1.jpg"',
     ),
-    "file address": ({"messages": asks_about("file:///etc/passwd")}, "is an address"),
+    "file address": ({"messages": asks_about("file:///etc/passwd")}, "is a URL"),
     "data URL": ({"messages": asks_about("data:image/png;base64,AA")}, "is a data URL: save the image as a file"),
     "absolute": ({"messages": said("a", "b"), "image": "/etc/passwd"}, "is an absolute path, .* relative to --images"),
     "backslash": ({"messages": said("a", "b"), "image": "a\\1.jpg"}, "image has backslashes"),
-    "leaves": ({"messages": said("a", "b"), "image": "a/../../x.jpg"}, "image .* would leave"),
+    "leaves": ({"messages": said("a", "b"), "image": "a/../../x.jpg"}, "image .* is not a plain relative path"),
     "absent": ({"messages": said("a", "b"), "image": "a/3.jpg"}, "a/3.jpg is missing"),
-    "no image": ({"messages": said("a", "b"), "image": "own.jsonl"}, "own.jsonl is no image of a format"),
+    "no image": ({"messages": said("a", "b"), "image": "own.jsonl"}, "own.jsonl is not an image in a known format"),
     "number as image": ({"messages": said("a", "b"), "image": 7}, "names no image"),
-    "other keys": ({"text": "a"}, "has neither messages nor conversations, but text"),
+    "other keys": ({"text": "a"}, "has neither messages nor conversations, only text"),
     "no mapping": ("[1]", "is not a JSON mapping"),
     "broken line": ('{"messages": [', "line is not valid JSON"),
-    "key twice": ('{"messages": [], "messages": []}', "the key 'messages' stands twice"),
+    "key twice": ('{"messages": [], "messages": []}', "the key 'messages' appears twice"),
     "odd split": ({"messages": said("a", "b"), "split": "dev"}, 'split is "dev": it must be train, val or test'),
 }
 
@@ -207,7 +207,7 @@ def test_records_may_name_their_split_and_then_all_must(tmp_path, tokenizer_file
     records = [{"messages": said(f"a {split}", "b"), "split": split} for split in ("test", "train", "val", "train")]
     report = prepare(write(tmp_path, *records), tokenizer_file, val_fraction=0.5)
     assert {name: split.rows for name, split in report.manifest.splits.items()} == {"train": 2, "val": 1, "test": 1}
-    with pytest.raises(UserError, match="own.jsonl:5: split is missing, and other records have one"):
+    with pytest.raises(UserError, match="own.jsonl:5: split is missing, but other records have it"):
         prepare(write(tmp_path, *records, {"messages": said("a", "b")}), tokenizer_file, overwrite=True)
 
 
@@ -235,7 +235,7 @@ def test_an_unfinished_job_of_another_draw_is_not_gone_on_with(tmp_path, tokeniz
     file = write(tmp_path, *LAYOUTS.values())
     with pytest.raises(KeyboardInterrupt):
         prepare(file, tokenizer_file, on_progress=stop)
-    with pytest.raises(UserError, match="unfinished job of other .*--seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match="unfinished job with other .*--seed: 0 there, 1 here"):
         prepare(file, tokenizer_file, seed=1)
 
 
@@ -244,7 +244,7 @@ def test_an_unfinished_job_of_another_draw_is_not_gone_on_with(tmp_path, tokeniz
     [
         ("", "has no record"),
         ("[]", "has no record"),
-        ('{\n"messages": []\n}', "is not JSON Lines, which has a JSON value on each line"),
+        ('{\n"messages": []\n}', r"is not JSON Lines \(one JSON value per line\)"),
         ("what\never", "is not JSON Lines"),
     ],
 )
@@ -259,7 +259,7 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path, tokenizer_file):
     file = write(tmp_path, LAYOUTS["sharegpt"])
     with pytest.raises(UserError, match="--val-fraction 1.5 must be"):
         prepare(file, tokenizer_file, val_fraction=1.5)
-    with pytest.raises(UserError, match="--images .* is no folder"):
+    with pytest.raises(UserError, match="--images .* is not a folder"):
         prepare(file, tokenizer_file, images=tmp_path / "b")
     with pytest.raises(UserError, match="--data .* is a folder"):
         prepare(tmp_path, tokenizer_file)

@@ -114,7 +114,7 @@ def test_killed_twice_and_run_again_gives_the_bytes_of_an_uninterrupted_run(comm
 def test_sigterm_ends_the_workers_and_keeps_what_is_finished(command):
     stopped = command.stop(signal.SIGTERM, 35)
     assert stopped.returncode == 128 + signal.SIGTERM
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command continues" in stopped.stderr
     assert command.finished_tasks() >= 35
 
 

@@ -134,11 +134,11 @@ def damaged(tmp_path, fault: str):
 
 
 FAULTS = {
-    "twice": "train 11: id stands twice",
+    "twice": "train 11: id appears twice",
     "absent": "train 99: id is not in problems.json",
-    "path in id": "train ../data: id is no plain name",
+    "path in id": "train ../data: id is not a plain file name",
     "missing": "train 11: image .*images/train/11/image.png is missing",
-    "truncated": "train 11: image .*image.png will not decode",
+    "truncated": "train 11: image .*image.png cannot be decoded",
     "bomb": "train 11: image .*image.png (is a decompression bomb|has 20000 x 20000)",
     "path in image": "train 11: image '../../../../etc/passwd' would leave",
     "path in split": "train 11: split '../../../../etc/passwd' would leave",
@@ -185,9 +185,9 @@ def test_nothing_left_to_write_is_an_error_even_when_skipping(tmp_path, tokenize
         ("problems.json", None, "problems.json cannot be read"),
         ("problems.json", b'{"1": {"question": "\xff"}}', "problems.json is not valid UTF-8 at byte 20"),
         ("problems.json", b'{"1": ', "problems.json is not valid JSON"),
-        ("problems.json", b"[]", "problems.json must hold a JSON mapping, and holds a list"),
-        ("problems.json", b'{"1": 1}\n{"2": 2}\n', "problems.json is JSON Lines, and must be a single JSON mapping"),
-        ("problems.json", b'{"1": 1, "1": 2}', "the key '1' stands twice"),
+        ("problems.json", b"[]", "problems.json must hold a JSON mapping, but holds a list"),
+        ("problems.json", b'{"1": 1}\n{"2": 2}\n', "problems.json is JSON Lines, but must be a single JSON mapping"),
+        ("problems.json", b'{"1": 1, "1": 2}', "the key '1' appears twice"),
         ("problems.json", b"[" * 100_000, "problems.json is not valid JSON"),
         ("pid_splits.json", b'{"train": []}', "train is empty"),
         ("pid_splits.json", b'{"train": [1]}', "train must be a list of ids in quotes"),
@@ -241,7 +241,7 @@ def test_samples_too_long_to_train_on_are_counted_and_written_down(tmp_path, tok
 
 
 def test_a_tokenizer_that_the_base_has_no_rows_for_is_refused(tmp_path, tokenizer_file):
-    with pytest.raises(UserError, match="has 340 pieces and the recipe's model.llm.vocab_size is 320"):
+    with pytest.raises(UserError, match="has 340 pieces, but the recipe's model.llm.vocab_size is 320"):
         prepare(tmp_path, tokenizer_file, config=small_config(vocab_size=320))
 
 

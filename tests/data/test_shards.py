@@ -124,7 +124,7 @@ def test_rows_without_labels_are_not_trainable(tmp_path, tokenizer_file):
         (lambda d: (d / "train-00000.arrow").unlink(), "train-00000.arrow is missing"),
         (lambda d: (d / "images-00000.arrow").unlink(), "images-00000.arrow is missing"),
         (lambda d: (d / "train-00000.arrow").open("ab").write(b"x"), "bytes and the manifest says"),
-        (lambda d: edit(d, schema_version=99), "schema_version 99 and this version reads 2"),
+        (lambda d: edit(d, schema_version=99), "schema_version 99, but this version reads 2"),
         (lambda d: edit(d, surprise=1), "surprise"),
         (lambda d: edit(d, splits={}), "has no split 'train'"),
     ],

@@ -221,7 +221,7 @@ def test_shards_keep_the_file_and_its_bos_and_eos(made, tmp_path):
     texts = [reader.tokenizer.decode(reader.row(i).token_ids) for i in range(2)]
     assert "Is it <|end|>?" in texts[1] and texts[0].startswith("Question: Which colour is it?\n")
     (report.out / "tokenizer.json").write_bytes(tokenizer.path.read_bytes() + b" ")
-    with pytest.raises(UserError, match="is not what .* was prepared with"):
+    with pytest.raises(UserError, match="is not the file .* was prepared with"):
         _ = ShardReader(report.out, "train").tokenizer
 
 

@@ -151,7 +151,7 @@ def test_a_run_can_start_from_an_exported_adapter(workplace, validated):
         workplace.folder / "llama",
     )
     refused = workplace.train("refused-later", 1, *EVERY, init_adapter=renamed, code=2)
-    assert "has besides x." in refused.log.read_text() and not refused.folder.exists()
+    assert "has unexpected x." in refused.log.read_text() and not refused.folder.exists()
 
 
 def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exported(workplace, validated):
@@ -167,7 +167,7 @@ def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_best_is_exporte
     (run / "summary.json").unlink()
     resumed = workplace.train(run.name, 2, *DROPOUT, *EVERY, "training.keep_checkpoints=1", resume="auto")
     said = " ".join(resumed.log.read_text().split())
-    assert "step-00000006, of the best validation, is damaged" in said
+    assert "step-00000006, with the lowest validation loss, is damaged" in said
     wanted = checkpoint.load(run / "checkpoints", best_step(validated.folder / "checkpoints")).values()
     exported = load_file(run / "adapter-best.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in wanted.items())

@@ -16,7 +16,7 @@ from lavin_ds.generation.request import Answer, Request
 from lavin_ds.models.lavin import Lavin
 
 ASSETS = Path(lavin_ds.__file__).parent / "assets" / "tiny"  # the base that ships
-VOCABULARY = 97
+VOCABULARY = 96
 ADAPTER = AdapterConfig(kind="mm", dim=4, temperature=1.0)
 CONFIG = ModelConfig(
     llm=LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=VOCABULARY),

@@ -59,7 +59,7 @@ def test_a_conversation_in_a_terminal(terminal, tmp_path):
     terminal.type("/image nothing.png\n")
     assert "text-only: it sees no pictures" in terminal.read_until(r"\n> $")
     terminal.type("/foo\n")
-    assert "/foo is no command" in terminal.read_until(r"\n> $")
+    assert "/foo is not a command" in terminal.read_until(r"\n> $")
     saved = tmp_path / "talk.json"
     terminal.type(f"/save {saved}\n")
     assert "Saved 1 turns" in terminal.read_until(r"\n> $").replace("\r\n", "")

@@ -26,9 +26,9 @@ def write(path, *lines):
         ({"prompt": "a", "imgae": "b"}, "line 2: has unknown keys imgae; known are id, image, prompt"),
         ({"id": "1"}, "line 2: has no prompt that is text"),
         ({"id": True, "prompt": "a"}, "line 2: has an id that is neither"),
-        ({"id": "first", "prompt": "a"}, "line 2: id first is on line 1 already"),
+        ({"id": "first", "prompt": "a"}, "line 2: id first is already on line 1"),
         ({"prompt": "a", "image": "none.png"}, "line 2: has image none.png, which does not exist"),
-        ({"prompt": "a", "image": "../p.png"}, r"line 2: has image ../p.png, which lies outside"),
+        ({"prompt": "a", "image": "../p.png"}, r"line 2: has image ../p.png, which is outside"),
         ({"prompt": "a", "image": 5}, "line 2: has an image that is not a path"),
     ],
 )
@@ -49,9 +49,9 @@ def test_an_answer_file_goes_on_behind_its_last_whole_line(tmp_path):
 
 def test_an_answer_file_of_other_prompts_is_refused(tmp_path):
     records = read_prompts(write(tmp_path / "p.jsonl", {"prompt": "a"}))
-    with pytest.raises(UserError, match="an answer to 7, which --prompts lacks"):
+    with pytest.raises(UserError, match="an answer to 7, which is not in --prompts"):
         AnswerFile(write(tmp_path / "a.jsonl", {"id": "7"}), records)
-    with pytest.raises(UserError, match="holds something else than answers"):
+    with pytest.raises(UserError, match="holds lines that are not answers"):
         AnswerFile(write(tmp_path / "b.jsonl", "hello\n"), records)
 
 
@@ -68,7 +68,7 @@ def test_a_file_of_prompts_is_answered_and_a_second_time_goes_on(tmp_path):
     first = out.read_text().splitlines(keepends=True)
     out.write_text("".join(first[:2]) + first[2][:9])  # as a kill leaves it
     again = CliRunner().invoke(app, command)
-    assert "2 of 5 are answered already" in again.output
+    assert "2 of 5 are already answered" in again.output
     assert {line["id"]: line for line in map(json.loads, out.read_text().splitlines())} == answers
 
 

@@ -132,9 +132,9 @@ def test_fit_prints_a_command(recipe):
         ((), "Give --recipe NAME or --run RUN"),
         (("--recipe", "lavin-7b", "--device", "abacus"), "No device 'abacus'"),
         (("--recipe", "lavin-7b", "model.nek_dim=3"), "unknown key model.nek_dim"),
-        (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be dealt"),
+        (("--recipe", "lavin-7b", "--gpus", "5", "training.global_batch=4"), "cannot be split over"),
         (("--run", "/nowhere"), "not a run directory"),
-        (("--recipe", "lavin-7b", "--fit", "big"), "no amount of memory"),
+        (("--recipe", "lavin-7b", "--fit", "big"), "not an amount of memory"),
         (
             ("--recipe", "lavin-7b", "--fit", "24GiB", "--html", "x.html", "--length", "9"),
             "use for --length, --html",

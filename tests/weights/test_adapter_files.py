@@ -63,8 +63,8 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named_and_nothing_is_fill
     name = "modality.weight"
     for changed, message in [
         ({k: v for k, v in tensors.items() if k != name}, f"lacks {name}"),
-        (tensors | {"neck.extra": torch.zeros(1)}, "has besides neck.extra"),
-        (tensors | {name: torch.zeros(2, 31)}, rf"{name} is \[2, 31\], but must be \[2, 32\]"),
+        (tensors | {"neck.extra": torch.zeros(1)}, "has unexpected neck.extra"),
+        (tensors | {name: torch.zeros(2, 31)}, rf"{name} has shape \[2, 31\], but must have \[2, 32\]"),
     ]:
         save_file(changed, file, metadata)
         with pytest.raises(UserError, match=message):
@@ -78,11 +78,11 @@ def test_another_base_than_the_adapter_was_trained_on_is_told_in_a_sentence(save
     elsewhere = shutil.copytree(llama, tmp_path / "copy")
     assert base_warning(file, elsewhere, clip) is None
     write_meta(tmp_path / "tuned", filled(seed=1), shards=2)  # as large, file by file
-    assert f"was trained on {llama}, and --llama {tmp_path / 'tuned'} has other" in base_warning(
+    assert f"was trained on {llama}, but the files of --llama {tmp_path / 'tuned'} differ" in base_warning(
         file, tmp_path / "tuned", clip
     )
     other = write_clip(tmp_path / "other.safetensors", model)
-    assert f"--clip {other} has other files" in base_warning(file, llama, other)
+    assert f"the files of --clip {other} differ" in base_warning(file, llama, other)
     record_file(file).unlink()
     assert base_warning(file, tmp_path / "tuned", clip) is None
 

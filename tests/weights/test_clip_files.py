@@ -232,11 +232,11 @@ def test_files_that_hold_no_clip_say_what_was_expected(tmp_path):
     ("content", "said"),
     [
         (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"PK\x03\x04 and then nothing", "is cut short"),
         (b"\x80\x02 a pickle", "before torch 1.6"),
-        (bytes(range(200)), "is it the right one"),
+        (bytes(range(200)), "is it the right file"),
     ],
 )
 def test_a_file_of_something_else_is_told_by_what_it_is(tmp_path, content, said):

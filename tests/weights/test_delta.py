@@ -70,11 +70,11 @@ def test_a_merged_folder_is_a_base_like_any_other(folders):
 def test_what_does_not_fit_together_is_refused_and_nothing_is_left(folders, monkeypatch):
     folder, _ = folders
     for base, delta, out, message in [
-        ("meta", "delta", "meta", "exists: give a folder that does not"),
+        ("meta", "delta", "meta", "exists already: give a new folder"),
         ("meta", "delta", "no/vicuna", "there is no folder"),
         ("absent", "delta", "vicuna", "No LLaMA at"),
-        ("huggingface", "meta", "vicuna", "is in Meta's layout, but deltas come"),
-        ("delta", "huggingface", "vicuna", "the right way round"),
+        ("huggingface", "meta", "vicuna", "is in Meta's layout, but a delta must be"),
+        ("delta", "huggingface", "vicuna", "are base and delta swapped"),
     ]:
         with pytest.raises(UserError, match=message):
             merge_delta(folder / base, folder / delta, folder / out)

@@ -210,7 +210,7 @@ OTHER_ARCHITECTURES = [
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
-    ({"head_dim": 16}, "head_dim 16: heads that are not 32 / 4 features wide"),
+    ({"head_dim": 16}, "head_dim 16: heads whose width is not 32 / 4"),
     ({"num_local_experts": 8}, "num_local_experts 8: a mixture of experts"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq"),
     ({"rope_theta": 500000.0}, "rope_theta is 10000, but .* has 500000"),

@@ -66,7 +66,7 @@ def test_arguments_that_no_shape_tells_are_compared_with_the_recipe(tmp_path):
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors = {"module.layers.0.adapter_attn.conv_A.weight": torch.zeros(4, 32, 1), "adapter_other": torch.zeros(1)}
     file = write(tmp_path / "checkpoint-1.pth", filled(), tensors=tensors)
-    with pytest.raises(UserError, match=r"lacks llm.layers.0.adapters.attention.down_bias.*besides adapter_other"):
+    with pytest.raises(UserError, match=r"lacks llm.layers.0.adapters.attention.down_bias.*unexpected adapter_other"):
         import_official(filled(), file)
 
 
@@ -100,7 +100,7 @@ def test_adapters_before_the_feed_forward_go_out_as_adapter_mlp_and_come_back(tm
     assert official_name("llm.layers.1.adapters.ffn.up_bias_1") == "layers.1.adapter_mlp.conv_D.bias"
     name = official_name("vision.blocks.2.adapters.ffn.router_weight")
     assert name == "backbone.visual.transformer.resblocks.2.adapter_mlp.expert_weights.weight"
-    with pytest.raises(UserError, match="has besides layers.0.adapter_mlp"):
+    with pytest.raises(UserError, match="has unexpected layers.0.adapter_mlp"):
         import_official(filled(), file)
 
 

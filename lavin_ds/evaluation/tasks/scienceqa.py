@@ -1,13 +1,13 @@
-"""ScienceQA: prepared shards in, the score table NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg of the papers out.
+"""ScienceQA: asks the questions of prepared shards, and scores them in the papers' table (NAT SOC LAN TXT IMG ..).
 
 There are two ways to read an answer; a recipe's `compat` chooses the authors' (reference.md, sections 8, 11):
 
 | point          | here                       | official                                                |
 |----------------|----------------------------|---------------------------------------------------------|
-| where          | the response alone         | prompt and response                                     |
-| which          | the last "The answer is X" | the first that any character follows                    |
-| no such choice | wrong, and counted         | a random guess, and counted; theirs differs every time, |
-|                |                            | here it follows from a seed and the sample's id         |
+| text read      | the response alone         | prompt and response                                     |
+| match          | the last "The answer is X" | the first one that is followed by any character         |
+| no such choice | counts as wrong            | replaced by a random guess. The authors' guess differs  |
+|                |                            | every time; here a seed and the sample's id decide it   |
 
 Accuracy and chance are percentages, as in the papers' tables.
 """
@@ -29,7 +29,8 @@ from lavin_ds.generation.subject import Subject
 
 LETTERS = string.ascii_uppercase
 ANSWER = re.compile(r"The answer is ([A-Z])\b")
-# The dot is not escaped there: "The answer is BC" is a B, and "The answer is B" at the end of the text fails.
+# As in the authors' code, the dot is not escaped: "The answer is BC" is read as B, and "The answer is B" at the end of
+# the text is not found.
 OFFICIAL_ANSWER = re.compile(r"The answer is ([A-Z]).")
 
 LOW_GRADES = {f"grade{n}" for n in range(1, 7)}
@@ -37,10 +38,10 @@ HIGH_GRADES = {f"grade{n}" for n in range(7, 13)}
 
 
 class ScienceQA(Task):
-    """Reads shards that `lavin-ds prep scienceqa` made, with the prompts they hold.
+    """Asks the prompts in shards that `lavin-ds prep scienceqa` made.
 
-    The authors generate 64 tokens: enough where the answer comes first. Formats that end with it (LEA and the
-    like) need more, and outcome "cut" counts the questions that did.
+    The authors generate 64 tokens, which is enough if the answer comes first. Formats that end with the answer, such as
+    LEA, need more. Outcome "cut" counts the responses that were too short.
     """
 
     name = "scienceqa"
@@ -51,7 +52,7 @@ class ScienceQA(Task):
         self.questions = min(self.rows, limit or self.rows)
         manifest = self.reader.manifest
         if manifest.kind != "scienceqa":
-            raise UserError(f"{data} holds {manifest.kind} data: this score is of ScienceQA's questions.")
+            raise UserError(f"{data} holds {manifest.kind} data: this task needs shards of `lavin-ds prep scienceqa`.")
         self.tokenizer = self.reader.tokenizer
 
     def ask(self, subject: Subject, generation: Generation) -> RequestSet:
@@ -93,7 +94,7 @@ class ScienceQA(Task):
 
 @dataclass(frozen=True)
 class Item:
-    """What the score needs to know of a question. `answer` is an index below `n_choices`."""
+    """The properties of a question that its score depends on. `answer` is an index below `n_choices`."""
 
     subject: str
     grade: str
@@ -107,7 +108,7 @@ class Item:
         return cls(row.subject, row.grade, row.has_hint, row.has_image, row.answer, row.n_choices)
 
 
-# A question with both a hint and an image counts in TXT and in IMG; one with neither, in NO.
+# A question with both a hint and an image counts in TXT and in IMG. A question with neither counts in NO.
 COLUMNS: dict[str, Callable[[Item], bool]] = {
     "NAT": lambda item: item.subject == "natural science",
     "SOC": lambda item: item.subject == "social science",
@@ -122,7 +123,7 @@ COLUMNS: dict[str, Callable[[Item], bool]] = {
 
 
 def score(items: Sequence[Item], predicted: Sequence[int | None]) -> dict[str, Accuracy]:
-    """Scores every column; `predicted` holds a choice's index for each item, or None, which is wrong."""
+    """Scores every column. `predicted` holds the index of a choice for each item, or None, which counts as wrong."""
     pairs = list(zip(items, predicted, strict=True))
     return {name: _score_column([pair for pair in pairs if belongs(pair[0])]) for name, belongs in COLUMNS.items()}
 
@@ -142,7 +143,7 @@ def read_answer(response: str, n_choices: int) -> int | None:
 
 
 def read_answer_official(text: str, n_choices: int) -> int | None:
-    """The same as the authors read it: the first match in `text`, which is prompt and response."""
+    """As `read_answer`, but by the authors' rule: the first match in `text`, which is prompt and response."""
     match = OFFICIAL_ANSWER.search(text)
     return _index(match[1], n_choices) if match else None
 
@@ -153,5 +154,5 @@ def _index(letter: str, n_choices: int) -> int | None:
 
 
 def guess(n_choices: int, seed: int, sample_id: str) -> int:
-    """official: the choice that stands in for an answer that could not be read."""
+    """official: a random choice in place of an answer that could not be read."""
     return int(random_of(seed, "guess", sample_id).integers(n_choices))

@@ -1,4 +1,4 @@
-"""What an evaluation task is: one benchmark, from its data to its table."""
+"""The interface of an evaluation task: one benchmark, from its data to its table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lavin_ds.evaluation.requests import Answer, Generation, RequestSet
 from lavin_ds.generation.subject import Subject
 
-# What became of a question:
+# The outcome of a question:
 #   answered  an answer was read in the response, or continuations were scored
 #   unparsed  the response ended without an answer that can be read
 #   cut       the response was cut off before it held an answer: more max_new_tokens may help
@@ -22,9 +22,9 @@ Outcome = Literal["answered", "unparsed", "cut", "no_room"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question's line in the results file. `answer` is the true one, `predicted` what was read, or None.
+    """One question's entry in the results file. `answer` is the true one; `predicted` is the one read, or None.
 
-    With the official rule `predicted` may be a guess although the question is not `answered`.
+    With the official rule, `predicted` may be a guess although the outcome is not "answered".
     """
 
     id: str
@@ -47,13 +47,13 @@ class Accuracy:
     """One column of an accuracy table. Percentages, or None where no question belongs to the column."""
 
     accuracy: float | None
-    chance: float | None  # what guessing among each question's choices is expected to reach
+    chance: float | None  # the expected accuracy of guessing among each question's choices
     count: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """Predictions in the order of the questions, and the table: a column's name to its figures."""
+    """Predictions in the order of the questions, and the table: the figures of each column, by its name."""
 
     predictions: list[Prediction]
     table: dict[str, Any]  # of dataclasses whose fields are Task.figures
@@ -68,15 +68,15 @@ class Result:
 class Task(ABC):
     """One benchmark, opened on its data. A subclass is a file in this folder and a line in TASKS.
 
-    It does not know the model until `ask`, so that answers which came from elsewhere can be scored, too.
+    It does not know the model before `ask`, so that answers from elsewhere can be scored too.
 
     Class attributes:
         name: as in `lavin-ds eval NAME`.
-        figures: the rows of the printed table, from a figure's name to its label; the first is the score.
+        figures: the rows of the printed table, as the name of a figure and its label. The first is the score.
 
     Attributes:
-        rows: questions of the split.
-        questions: how many of them are asked, the first `limit`.
+        rows: the number of questions in the split.
+        questions: the number that is asked: the first `limit`, or all.
     """
 
     name: ClassVar[str]
@@ -95,7 +95,7 @@ class Task(ABC):
 
     @abstractmethod
     def ask(self, subject: Subject, generation: Generation) -> RequestSet:
-        """The questions as requests to a model. A task that scores continuations has no use for `generation`.
+        """The questions as requests to a model. A task that scores continuations ignores `generation`.
 
         Raises:
             UserError: the data does not fit the model.
@@ -105,10 +105,10 @@ class Task(ABC):
     def score(self, answers: Mapping[str, Answer], official: bool = False, seed: int = 0) -> Result:
         """Reads and scores the answers, one to every question asked, by id.
 
-        official: read and score as the authors' own script does, where it differs from the default.
-        seed: of what the official rule draws at random.
+        official: follow the authors' own script where it differs from the default.
+        seed: for the random choices of the official rule.
         """
 
     def facts(self, subject: Subject) -> dict[str, Any]:
-        """What the results file says of the data beyond its folder and split."""
+        """What the results file says about the data, besides its folder and split."""
         return {}

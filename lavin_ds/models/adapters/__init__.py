@@ -1,4 +1,4 @@
-"""Adapters: the small modules that learn inside the frozen blocks. One file a family.
+"""Adapters: small trained modules inside the frozen blocks. There is one file per family.
 
     kind                 class                what it is                                      source
     mm                   mm.py                two routed paths from one down-projection       paper 1, eq. 1-3
@@ -11,11 +11,11 @@
     loha_silu            loha.py              one path of LoHas with a SiLU between           paper 3, Table 3, row 9
     lora                 lora.py              added to the LLM's query and value projections  paper 3, Table 3, row 10
 
-Paper 1 is LaVIN, paper 3 "Enhancing Model Performance: Another Approach to Vision-Language Instruction Tuning",
-whose Table 3 gives a name and a score for each and no code: "Our reading" in a docstring is what it leaves open.
+Paper 1 is LaVIN. Paper 3 is "Enhancing Model Performance: Another Approach to Vision-Language Instruction Tuning". Its
+Table 3 gives only a name and a score for each kind, and no code. "Our reading" in a docstring says how we fill the gap.
 
-Where an adapter sits is an attachment point, named in a recipe's `at`. A block calls what is attached there and does
-nothing where nothing is; the names are those of the block's `adapters` and so part of the parameters' names.
+An adapter sits at an attachment point of a block, named in the recipe's key `at`. The block calls the adapter attached
+there, if there is one. The points are the keys of the block's `adapters`, so they are part of the parameters' names.
 
     point            what the block computes there                      called as                  in
     attention        Attention(A(norm x))                               A(z_ND, token_MD, owner_N) LLM, ViT
@@ -28,15 +28,15 @@ nothing where nothing is; the names are those of the block's `adapters` and so p
 Points that no kind needs yet, and where they would go:
 
     W_o, W_1, W_2, W_3        llama.py, `Attention` and `FeedForward`: add there, as `Attention` adds to q, k and v
-    extra keys and values     llama.py, `Attention.forward`: they join the samples' own before the product
-    an image memory           llama.py, `Rows`: a tensor [images, P, D] of the neck, for points that read it
+    extra keys and values     llama.py, `Attention.forward`: append them to the samples' own before attention
+    an image memory           llama.py, `Rows`: a tensor [images, P, D] from the neck, for points that read it
     layers between layers     llama.py, `Llama.forward`: a call between blocks
-    a side network            llama.py, `Llama.forward`: reads x_ND behind every block
-    extra input rows          lavin.py, `Lavin.embed`: exists, a neck's visual tokens (models/necks.py)
-    base tensors that learn   trainable.py decides what learns: the module that holds them derives from `Trainable`
+    a side network            llama.py, `Llama.forward`: reads x_ND after every block
+    extra input rows          lavin.py, `Lavin.embed`: exists, for the visual tokens of a neck (models/necks/)
+    trained base tensors      trainable.py: the module that holds them derives from `Trainable`
 
-A new kind is one file and one `register`. A recipe is read without torch. So what it is checked against stands here,
-in `AdapterKind`, and this file does not import torch.
+A new kind is one file and one call of `register`. A recipe must be checked without importing torch, so `AdapterKind`
+holds what the check needs, and this file does not import torch.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
     from lavin_ds.config import AdapterConfig
 
 ON_INPUT = ("attention", "ffn")
-VISION_POINTS = ON_INPUT  # what the ViT's blocks have
+VISION_POINTS = ON_INPUT  # the points of a ViT block
 LLM_POINTS = (*ON_INPUT, "after_attention", "after_ffn", "beside_ffn", "projections")
 
 
 @dataclass(frozen=True)
 class AdapterKind(Kind):
-    """`check` takes the adapter's configuration and the width of the rows it acts on, and says what is wrong."""
+    """`check` takes an adapter's configuration and the width of its rows. It returns what is wrong, or None."""
 
-    points: tuple[str, ...] = ON_INPUT  # where it can sit
+    points: tuple[str, ...] = ON_INPUT  # the attachment points that it supports
     check: Callable[[AdapterConfig, int], str | None] | None = None
 
     def problems(self, config: AdapterConfig, width: int, points: tuple[str, ...]) -> list[str]:
-        """What is wrong with an adapter of this kind in blocks of `width` features that have these points."""
+        """What is wrong with an adapter of this kind in blocks of `width` features with these attachment points."""
         found = []
         possible = [point for point in self.points if point in points]
         if not possible:
@@ -81,14 +81,14 @@ KINDS: dict[str, AdapterKind] = {}
 
 
 def register(name: str, kind: AdapterKind) -> None:
-    """Makes `kind` known to recipes by `name`."""
+    """Makes `kind` available to recipes as `name`."""
     if name in KINDS or name == "none":
         raise ValueError(f"there is an adapter kind {name} already")
     KINDS[name] = kind
 
 
 def groups_fit(config: AdapterConfig, width: int, halves: int = 1) -> str | None:
-    """Grouped projections split both the adapter's dim and the rows' width into `groups` equal parts."""
+    """What is wrong if `groups` does not divide both the adapter's dim and the width of the rows; else None."""
     if config.dim % config.groups:
         return f"dim {config.dim} must be a multiple of groups {config.groups}"
     if width % (config.groups * halves):
@@ -97,7 +97,7 @@ def groups_fit(config: AdapterConfig, width: int, halves: int = 1) -> str | None
 
 
 def groups_fit_halves(config: AdapterConfig, width: int) -> str | None:
-    """The same where each path makes half of the width."""
+    """As groups_fit, for kinds whose paths each produce half of the width."""
     return groups_fit(config, width, halves=2)
 
 

@@ -1,9 +1,9 @@
-"""What adapters share, and building those of a block.
+"""Base classes of the adapters, and a function that builds the adapters of a block.
 
 Dimensions: N rows (tokens of all samples, flattened), D model width, R adapter rank, G groups,
 M routing tokens, E = 2 paths.
 
-Parameters are fp32 whatever the base is stored in; products run in the dtype of `z_ND`, routing in fp32.
+Parameters are always fp32. Products run in the dtype of `z_ND`, routing in fp32.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lavin_ds.models.trainable import Trainable
 
 
 def grouped_to_dense(weight_DR: torch.Tensor, groups: int) -> torch.Tensor:
-    """Expands a grouped projection [D, R/G] into the block-diagonal [D, R] it stands for.
+    """Expands a grouped projection [D, R/G] to its block-diagonal matrix [D, R].
 
-    R is about 8: the zeros cost less than the permuted copies a batched product needs.
+    R is about 8, so the zeros cost less than the permuted copies that a batched product needs.
     """
     return torch.block_diag(*weight_DR.chunk(groups, dim=0))
 
 
 class Adapter(Trainable):
-    """Rows in, rows out: declares its parameters by name and shape, and changes nothing when it is new.
+    """Maps rows [N, D] to rows [N, D]. It declares its parameters by name and shape. A new adapter is the identity.
 
-    Called as `adapter(z_ND, token_MD, owner_N)`: `token_MD` are the rows that decide the route, and `owner_N` says
-    which of them decides for each row. An adapter without a router ignores both. What it returns takes the place of
-    `z_ND`; beside the FFN it is added to what the FFN makes of `z_ND`.
+    Called as `adapter(z_ND, token_MD, owner_N)`: `token_MD` are the routing tokens, and `owner_N` is the index of each
+    row's routing token. An adapter without a router ignores both. The result replaces `z_ND`; at point `beside_ffn` it
+    is added to the FFN's output.
     """
 
     routed = False
@@ -42,13 +42,13 @@ class Adapter(Trainable):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Every parameter's shape, by name."""
+        """The shape of every parameter, by name."""
         raise NotImplementedError
 
     def reset(self, generator: torch.Generator) -> None:
-        """Down-projections Xavier, the router as nn.Linear, all else zero (reference.md, section 4).
+        """Initialises down-projections as Xavier, the router as nn.Linear, all else to zero (reference.md, section 4).
 
-        So the up-projections are zero, and the adapter is the identity.
+        The up-projections are then zero, so the adapter is the identity.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("router"):
@@ -67,7 +67,7 @@ class RoutedAdapter(Adapter):
     """Adapters that weigh two paths: z + s * (w_0 f_0(z) + w_1 f_1(z)), w = softmax((W t + b) / tau) (paper 1, eq. 3).
 
     t is a routing token: the modality token in the LLM, the image's own class token in the ViT. A path is
-    f_i(z) = U_i c_i + b_i; a subclass says what c_i and U_i are.
+    f_i(z) = U_i c_i + b_i; a subclass defines c_i and U_i.
     """
 
     routed = True
@@ -93,8 +93,8 @@ class RoutedAdapter(Adapter):
         dtype = z_ND.dtype
         w_NE = self.route(token_MD).to(dtype)[owner_N]
         c_0, c_1 = self.down(z_ND)
-        # One product for both paths and their biases: w_0 (U_0 c_0 + b_0) + w_1 (U_1 c_1 + b_1) is linear in
-        # [w_0 c_0, w_1 c_1, w_0, w_1], and neither path's [N, D] output is ever held.
+        # w_0 (U_0 c_0 + b_0) + w_1 (U_1 c_1 + b_1) is linear in [w_0 c_0, w_1 c_1, w_0, w_1]. So one product computes
+        # both paths and their biases, and the [N, D] output of a single path is never in memory.
         mixed_NX = torch.cat([w_NE[:, :1] * c_0, w_NE[:, 1:] * c_1, w_NE], dim=1)
         up_DX = torch.cat([*self.up(), *self.biases()], dim=1)
         return torch.addmm(z_ND, mixed_NX, up_DX.to(dtype).t(), alpha=self.config.scale)
@@ -107,7 +107,8 @@ class RoutedAdapter(Adapter):
 def build_adapters(width: int, config: AdapterConfig, projections: dict[str, int] | None = None) -> nn.ModuleDict:
     """The adapters of one block by attachment point; empty for kind "none".
 
-    projections: the whole output width of attention's projections by name, for a kind that adds to these.
+    projections: output widths of the attention projections by name, before tensor-parallel splitting. Only kinds at
+    point `projections` need them.
     """
     if config.kind == "none":
         return nn.ModuleDict()

@@ -32,17 +32,17 @@ class RepAdapter(Adapter):
 class BottleneckAdapter(RepAdapter):
     """Bottleneck Adapter: z + psi_u(psi_d(z)), psi_u(c) = [c_g0 W_g0, .., c_gk W_gk] + b (paper 3, eq. 1-2).
 
-    No router and no non-linearity: the same map as RepAdapter's, which it is taken from. New are its width (16, in
-    2 groups) and its place, before the ViT's feed-forward too. Our reading: psi_d has a bias; the scale is 1, and
-    LaVIN's dropout stays between psi_d and psi_u.
+    It has no router and no non-linearity, so it computes the same map as RepAdapter. It differs in its width (16, in 2
+    groups) and its position, which is also before the ViT's feed-forward. Our reading: psi_d has a bias, the scale is
+    1, and LaVIN's dropout stays between psi_d and psi_u.
     """
 
 
 class WeightedBottleneck(MMAdapter):
     """Bottlenecks with weight scales: f_i(z) = U_i dropout(A_i z + a_i) + b_i (paper 3, Table 3, row 11).
 
-    "Our mainline adapter with dynamic weight factors". Our reading: the factors are LaVIN's, which need two things
-    to weigh, so there are two whole bottlenecks; `mm` differs in sharing their down-projection.
+    "Our mainline adapter with dynamic weight factors". Our reading: the factors are LaVIN's routing weights, which need
+    two paths, so there are two whole bottlenecks. In `mm` the two paths share their down-projection.
     """
 
     def shapes(self, width):
@@ -52,7 +52,7 @@ class WeightedBottleneck(MMAdapter):
         return paths | others
 
     def down(self, z_ND):
-        # Both at once: [N, 2R].
+        # One product for both paths: [N, 2R].
         weight = torch.cat([self.down_weight_0, self.down_weight_1]).to(z_ND.dtype)
         bias = torch.cat([self.down_bias_0, self.down_bias_1]).to(z_ND.dtype)
         return self.dropout(F.linear(z_ND, weight, bias)).chunk(2, dim=1)

@@ -1,7 +1,7 @@
 """LoHa in place of projections: three rows of paper 3's Table 3.
 
 Dimensions: N rows (tokens of all samples, flattened), D model width, R adapter rank, G groups,
-Q = R * R, O and I sides of a matrix.
+Q = R * R, O output and I input features of a matrix.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import nn
 
 from lavin_ds.models.adapters.base import Adapter, RoutedAdapter, grouped_to_dense
 
-# LoHa (FedPara): a matrix as the Hadamard product of two of low rank, W = (X_1 Y_1^T) * (X_2 Y_2^T) (paper 3, below
-# eq. 6). The paper gives no rank; here it is the adapter's dim. For W [O, I] the factors are x1, x2 [O, R] and
-# y1, y2 [I, R]: R (O + I) * 2 numbers, more than W has where O or I is an adapter's narrow side.
+# LoHa (FedPara): a matrix is the Hadamard product of two low-rank matrices, W = (X_1 Y_1^T) * (X_2 Y_2^T) (paper 3,
+# below eq. 6). The paper gives no rank; here it is the adapter's dim. For W [O, I] the factors are x1, x2 [O, R] and
+# y1, y2 [I, R]. These are 2 R (O + I) numbers: more than W has if O or I is the adapter's rank.
 FACTORS = ("x1", "y1", "x2", "y2")
 
 
 def loha_shapes(name: str, outputs: int, inputs: int, rank: int) -> dict[str, tuple[int, int]]:
-    """The four factors of matrix `name`."""
+    """Shapes of the four factors of matrix `name`."""
     return {f"{name}_{factor}": (outputs if factor[0] == "x" else inputs, rank) for factor in FACTORS}
 
 
 def reset_loha(adapter: Adapter, name: str, generator: torch.Generator, zero: bool) -> None:
-    """`zero`: x2 is zero, and so is W. Else W has the variance of Xavier's; every factor has the same deviation."""
+    """Initialises W with Xavier's variance and the same deviation in every factor; or, if `zero`, x2 and so W to 0."""
     factors = {factor: adapter.get_parameter(f"{name}_{factor}") for factor in FACTORS}
     (outputs, rank), inputs = factors["x1"].shape, len(factors["y1"])
-    # W_ij is a product of two sums of `rank` products: its variance is rank^2 deviation^8.
+    # W_ij is a product of two sums of `rank` products, so its variance is rank^2 deviation^8.
     deviation = (2 / (outputs + inputs) / rank**2) ** (1 / 8)
     for factor in factors.values():
         nn.init.normal_(factor, std=deviation, generator=generator)
@@ -36,15 +36,15 @@ def reset_loha(adapter: Adapter, name: str, generator: torch.Generator, zero: bo
 
 
 def loha_matrix(adapter: Adapter, name: str) -> torch.Tensor:
-    """W [O, I] itself."""
+    """The matrix W [O, I]."""
     x1, y1, x2, y2 = (adapter.get_parameter(f"{name}_{factor}") for factor in FACTORS)
     return (x1 @ y1.t()) * (x2 @ y2.t())
 
 
 def loha_as_low_rank(adapter: Adapter, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """X [O, Q] and Y [I, Q] with W = X Y^T: column (r, s) of X is x1[:, r] * x2[:, s], and so for Y.
+    """X [O, Q] and Y [I, Q] with W = X Y^T. Column (r, s) of X is x1[:, r] * x2[:, s]; Y is built in the same way.
 
-    W [D, D] is never held: at D = 4096 it would be 64 MiB a matrix, and its two factors as much again for backward.
+    W [D, D] is never in memory: at D = 4096 it would take 64 MiB, and its two factors as much again for backward.
     """
     x1, y1, x2, y2 = (adapter.get_parameter(f"{name}_{factor}") for factor in FACTORS)
     return (x1[:, :, None] * x2[:, None]).flatten(1), (y1[:, :, None] * y2[:, None]).flatten(1)
@@ -54,8 +54,8 @@ class LohaAdapter(RoutedAdapter):
     """LoHa without a bottleneck: f_i(z) = W_i z + b_i, each W_i [D, D] a LoHa (paper 3, eq. 6; Table 3, row 7).
 
     "We didn't use any down scaling convolution. We just used two LoHa conv_1d [with] dynamic weight factors same as
-    in LaVIN." Our reading: z is added, which eq. 6 leaves out (without it a new adapter would wipe what attention
-    reads); no dropout, whose place was between down and up.
+    in LaVIN." Our reading: z is added, which eq. 6 leaves out, because otherwise a new adapter would set attention's
+    input to zero. There is no dropout, because LaVIN's sits between down and up.
     """
 
     def shapes(self, width):
@@ -107,8 +107,8 @@ class LohaMMAdapter(RoutedAdapter):
 class LohaSiluAdapter(Adapter):
     """LoHa with a SiLU and without routing: z + s * phi_1(silu(phi_2(z))) (paper 3, eq. 7; Table 3, row 9).
 
-    Our reading: phi_2 is D -> R and phi_1 grouped R -> D, each with a bias, as LaVIN's convolutions; dropout stands
-    where it does there, before phi_1.
+    Our reading: phi_2 is D -> R and phi_1 is grouped R -> D, each with a bias, like LaVIN's convolutions. Dropout comes
+    before phi_1, as in LaVIN.
     """
 
     def shapes(self, width):

@@ -16,10 +16,10 @@ from lavin_ds.models.adapters.base import Adapter
 class LoRA(Adapter):
     """LoRA on the LLM's attention: q += s * B_q A_q dropout(z), v += s * B_v A_v dropout(z) (paper 3, Table 3, row 10).
 
-    "LoRA was used in LLM backbone and Rep-Adapter in the vision backbone." Our reading: the query and value
-    projections, which LoRA's authors adapt; rank `dim`, `scale` their alpha / r.
+    "LoRA was used in LLM backbone and Rep-Adapter in the vision backbone." Our reading: LoRA is on the query and value
+    projections, as in LoRA's own paper. The rank is `dim`, and `scale` is that paper's alpha / r.
 
-    outputs: O of the whole projections by name, whatever a tensor-parallel rank holds of them.
+    outputs: O of each projection by name, before tensor-parallel splitting.
     """
 
     ADAPTED = ("q", "v")
@@ -36,7 +36,7 @@ class LoRA(Adapter):
         return shapes
 
     def forward(self, z_ND: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is added to the projections' outputs, by name: [N, O] each."""
+        """The terms [N, O] to add to the projections' outputs, by name."""
         dtype = z_ND.dtype
         dropped_ND = self.dropout(z_ND)
         down_XD = torch.cat([self.down_weight_q, self.down_weight_v]).to(dtype)

@@ -43,8 +43,8 @@ class ConcatAdapter(MMAdapter):
     """Router with concatenated features: z + s * [w_0 f_0(z), w_1 f_1(z)] (paper 3, Table 3, rows 5 and 6).
 
     "Equation 1 was modified to concatenate the features as [psi_1(z), psi_2(z)]", after CSPNet. Our reading: f_0
-    makes the first half of the D features and f_1 the second, from the shared down-projection of `mm`. The paper
-    does not say how its two rows differ.
+    produces the first half of the D features and f_1 the second half, from the shared down-projection of `mm`. The
+    paper does not say how rows 5 and 6 differ.
     """
 
     def shapes(self, width):
@@ -59,5 +59,5 @@ class ConcatAdapter(MMAdapter):
 
 
 def _halves(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`first` over zeros, and zeros over `second`."""
+    """Pads both to the whole width: `first` followed by zeros, and zeros followed by `second`."""
     return torch.cat([first, torch.zeros_like(second)]), torch.cat([torch.zeros_like(first), second])

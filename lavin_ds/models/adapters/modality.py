@@ -1,4 +1,4 @@
-"""The modality embedding, whose rows are the routing tokens of routed adapters in the LLM."""
+"""The modality embedding. Its rows are the routing tokens of the LLM's routed adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lavin_ds.models.trainable import Trainable
 
 
 class ModalityEmbedding(Trainable):
-    """E_m: row 0 marks a text-only sample, row 1 one with an image (paper 1, eq. 1)."""
+    """E_m: row 0 is for text-only samples, row 1 for samples with an image (paper 1, eq. 1)."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,11 +1,11 @@
-"""Necks: from the rows that the vision tower hands out to visual tokens in the LLM's width. One file a family.
+"""Necks: map the vision tower's rows to visual tokens of the LLM's width. There is one file per family.
 
     kind    class       visual tokens  what it is                                        source
-    lavin   rowwise.py  one a row      a bottleneck with a SiLU                          paper 1, eq. 6
-    linear  rowwise.py  one a row      one projection                                    LLaVA (arXiv:2304.08485), eq. 1
+    lavin   rowwise.py  one per row    a bottleneck with a SiLU                          paper 1, eq. 6
+    linear  rowwise.py  one per row    one projection                                    LLaVA (arXiv:2304.08485), eq. 1
 
-A new kind is one file and one `register`. How many visual tokens an image becomes is the neck's to say. A recipe is
-read without torch, so that number stands here, in `NeckKind`, and this file does not import torch.
+A new kind is one file and one call of `register`. The neck determines the number of visual tokens per image. A recipe
+must be checked without importing torch, so `NeckKind` computes that number, and this file does not import torch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from lavin_ds.config import NeckConfig
 
 
-def one_a_row(config: NeckConfig, rows: int) -> int:
+def one_per_row(config: NeckConfig, rows: int) -> int:
     return rows
 
 
 @dataclass(frozen=True)
 class NeckKind(Kind):
-    """`visual_tokens` takes the neck's configuration and how many rows the tower hands out for an image."""
+    """`visual_tokens` maps the neck's configuration and the tower's rows per image to visual tokens per image."""
 
-    visual_tokens: Callable[[NeckConfig, int], int] = one_a_row
+    visual_tokens: Callable[[NeckConfig, int], int] = one_per_row
 
 
 KINDS: dict[str, NeckKind] = {}
 
 
 def register(name: str, kind: NeckKind) -> None:
-    """Makes `kind` known to recipes by `name`."""
+    """Makes `kind` available to recipes as `name`."""
     if name in KINDS:
         raise ValueError(f"there is a neck kind {name} already")
     KINDS[name] = kind

@@ -1,6 +1,6 @@
-"""What a neck is, and building the one of a recipe.
+"""Base class of the necks, and a function that builds a recipe's neck.
 
-Dimensions: N images, F rows of an image from the vision tower, W vision width, P visual tokens, D model width.
+Dimensions: N images, F rows per image from the vision tower, W vision width, P visual tokens per image, D model width.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from lavin_ds.models.trainable import Trainable
 
 
 class Neck(Trainable):
-    """Rows of images [N, F, W] in, visual tokens [N, P, D] out; N may be 0. Parameters are fp32."""
+    """Maps the vision tower's rows [N, F, W] to visual tokens [N, P, D]. N may be 0. Parameters are fp32."""
 
     def __init__(self, config: NeckConfig, vision: VisionConfig, width: int):
-        """width: D."""
+        """width: D, the LLM's width."""
         super().__init__()
         self.config = config
 
@@ -25,5 +25,5 @@ class Neck(Trainable):
 
 
 def build_neck(config: NeckConfig, vision: VisionConfig, width: int) -> Neck:
-    """The neck of a recipe between its vision tower and an LLM of `width`."""
+    """Builds a recipe's neck, for an LLM of `width` features."""
     return KINDS[config.kind].load()(config, vision, width)

@@ -1,6 +1,6 @@
-"""Necks that make a visual token of each row.
+"""Necks that map each row to one visual token.
 
-Dimensions: N images, F rows of an image from the vision tower, W vision width, D model width.
+Dimensions: N images, F rows per image from the vision tower, W vision width, D model width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lavin_ds.models.necks.base import Neck
 class LavinNeck(Neck):
     """W_u silu(W_d x + b_d) + b_u, through `dim` features (paper 1, eq. 6).
 
-    The paper says SwiGLU; the published parameter count and code are those of a plain SiLU (reference.md,
+    The paper says SwiGLU, but the published parameter count and code are those of a plain SiLU (reference.md,
     section 9).
     """
 
@@ -34,7 +34,7 @@ class LavinNeck(Neck):
             nn.init.zeros_(bias)
 
     def forward(self, x_NFW: torch.Tensor) -> torch.Tensor:
-        """[N, F, W] -> [N, F, D], computed in fp32: LaVIN has 6 rows an image."""
+        """[N, F, W] -> [N, F, D], computed in fp32: with LaVIN's 6 rows per image this costs little."""
         hidden = F.silu(F.linear(x_NFW.float(), self.down_weight, self.down_bias))
         return F.linear(hidden, self.up_weight, self.up_bias)
 
@@ -52,5 +52,5 @@ class LinearNeck(Neck):
         nn.init.zeros_(self.bias)
 
     def forward(self, x_NFW: torch.Tensor) -> torch.Tensor:
-        """[N, F, W] -> [N, F, D], computed in the dtype of the rows."""
+        """[N, F, W] -> [N, F, D], computed in the rows' dtype."""
         return F.linear(x_NFW, self.weight.to(x_NFW.dtype), self.bias.to(x_NFW.dtype))

@@ -1,7 +1,7 @@
-"""LaVIN's training step as its authors compute it, with one switch per difference from ours.
+"""LaVIN's training step as the authors compute it, with one switch per difference from ours.
 
-Written from facts about their code (docs/fidelity.md), to be measured and simulated beside our own step. It has the
-parameters of `Lavin`, name for name, and computes the same function at another cost.
+It is written from facts about their code (docs/fidelity.md), so that their step can be measured and simulated beside
+ours. It has the parameters of `Lavin` under the same names, and computes the same function at another cost.
 
 Dimensions: B samples, T positions of a sample, M routing tokens, N rows (all positions of all samples), D width,
 H heads, K head width, S tokens of an image, R adapter rank, E = 2 paths, V vocabulary.
@@ -24,24 +24,24 @@ from lavin_ds.data.layout import IGNORE
 from lavin_ds.errors import UserError
 from lavin_ds.models.adapters.mm import MMAdapter
 from lavin_ds.models.lavin import Lavin
-from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rotary_turns, rotate
+from lavin_ds.models.llama import Attention, Block, FeedForward, RMSNorm, rope_rotations, rotate
 from lavin_ds.models.vision import VisionAttention, VisionBlock
 
 
 @dataclass(frozen=True)
 class PublishedOptions:
-    """What the authors' step does and ours does not. The default is their step."""
+    """The differences of the authors' step from ours. The default is their step."""
 
-    pad_to: int | None = 512  # every sample is padded to that many positions; None: to the longest of its batch
+    pad_to: int | None = 512  # pads every sample to that many positions; None: to the longest in its batch
     eager_attention: bool = True  # scores, mask and probabilities are tensors of their own
-    full_logits: bool = True  # at every position of every sample, labelled or not
+    full_logits: bool = True  # logits at every position, labelled or not
     zero_images: bool = True  # a text-only sample sends an image of zeros through the ViT
-    per_sample_routing: bool = True  # t_m is position 0 of every sample, which routes by its own copy of it
+    per_sample_routing: bool = True  # each sample has its own t_m at position 0 and routes by it
     separate_paths: bool = True  # both paths of an adapter are convolutions whose [N, D] outputs are kept
-    plain_autograd: bool = True  # norms, SwiGLU and QuickGELU keep what autograd keeps, fp32 copies included
+    plain_autograd: bool = True  # norms, SwiGLU and QuickGELU by autograd, which keeps fp32 copies too
 
     def without(self, *names: str) -> PublishedOptions:
-        """Their step with these savings."""
+        """These options with the named differences switched off."""
         unknown = set(names) - set(SAVINGS)
         if unknown:
             raise ValueError(f"no saving {', '.join(sorted(unknown))}; there are {', '.join(SAVINGS)}")
@@ -52,15 +52,15 @@ SAVINGS = tuple(field.name for field in fields(PublishedOptions))
 
 
 def published_model(options: PublishedOptions) -> Callable[..., PublishedLavin]:
-    """What `simulate` builds the authors' model with. Their step does not pack: set training.packing to false."""
+    """The `make` with which `simulate` builds the authors' model. Set training.packing to false: it does not pack."""
     return partial(PublishedLavin, options=options)
 
 
 class PublishedLavin(Lavin):
     """`Lavin` with the authors' forward.
 
-    Half precision as in their code: residual stream, routing and logits in the frozen weights' dtype, softmax and
-    cross-entropy in fp32 (as autocast does), adapters cast to half at every use.
+    Half precision is as in their code: the residual stream, routing and logits have the frozen weights' dtype; softmax
+    and cross-entropy are in fp32, as under autocast; adapters are cast to half at every use.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class PublishedLavin(Lavin):
         kinds = {config.llm_adapter.kind, config.vision_adapter.kind} - {"none", "mm", "rep"}
         if kinds or config.vision_source != "pixels":
             what = f"adapters of kind {', '.join(sorted(kinds))}" if kinds else "cached visual features"
-            raise UserError(f"LaVIN's authors have no {what}: there is no published step to compare with.")
+            raise UserError(f"LaVIN's authors have no {what}, so there is no published step to compare with.")
         super().__init__(config, compat, activation_checkpointing)
         self.options = options or PublishedOptions()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The sum of the labelled tokens' cross-entropies (fp32) and their number, as Lavin.forward."""
+        """The sum of the labelled tokens' cross-entropies (fp32) and their number, as in Lavin.forward."""
         if batch.packed:
-            raise ValueError("the published step pads its samples: this micro-batch is packed")
+            raise ValueError("the published step pads its samples, but this micro-batch is packed")
         modality_token = self.modality is not None
         if self.options.pad_to is not None:
             batch = _padded(batch, self.options.pad_to - modality_token)
@@ -96,7 +96,7 @@ class PublishedLavin(Lavin):
         return loss, int((target_N != IGNORE).sum())
 
     def _features(self, batch: Batch) -> torch.Tensor:
-        """Rows of the ViT [I, F, W] of the I samples with an image; the embedding of a batch asks for them."""
+        """The ViT's rows [I, F, W] for the I samples with an image. `Lavin.embed` calls this."""
         size = self.config.vision.image_size
         images = batch.images_NHWC
         if images is None:
@@ -110,7 +110,7 @@ class PublishedLavin(Lavin):
         return self._vision(everyone)[batch.illustrated_I]
 
     def _vision(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Rows [B, F, W], as VisionTower hands them out."""
+        """The ViT's rows [B, F, W], as VisionTower returns them."""
         tower = self.vision
         patches = tower.conv1(pixels.to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         cls = tower.class_embedding.expand(len(pixels), 1, -1)
@@ -147,10 +147,10 @@ class PublishedLavin(Lavin):
         return x_BSW + clip.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
 
     def _decoder(self, x_BTD: torch.Tensor, modality_B: torch.Tensor) -> torch.Tensor:
-        """Embedded tokens [B, T, D] to normed hidden states [B, T, D], t_m taken away again.
+        """Embedded tokens [B, T, D] to normed hidden states [B, T, D], without t_m.
 
-        Rows: with per_sample_routing [t_m, tokens] of every sample, otherwise the M modality tokens and then all
-        samples' tokens.
+        Inside, the rows of x_ND are [t_m, tokens] of every sample if per_sample_routing is on. Otherwise they are the
+        M modality tokens and then the tokens of all samples.
         """
         B, T, D = x_BTD.shape
         token_MD = self.modality().to(x_BTD.dtype) if self.modality is not None else x_BTD.new_empty(0, D)
@@ -163,8 +163,9 @@ class PublishedLavin(Lavin):
             itself_M = torch.arange(len(token_MD), device=x_BTD.device)
             owner_N = torch.cat([itself_M, modality_B.repeat_interleave(T)])
         first = 1 if len(token_MD) else 0  # RoPE position of the first token
-        turns = rotary_turns(torch.arange(0 if in_samples else first, first + T, device=x_BTD.device), self.llm.config)
-        context = _Rows(B, T, len(token_MD), in_samples, owner_N, turns)
+        positions = torch.arange(0 if in_samples else first, first + T, device=x_BTD.device)
+        rotations = rope_rotations(positions, self.llm.config)
+        context = _Rows(B, T, len(token_MD), in_samples, owner_N, rotations)
         for number, block in enumerate(self.llm.layers):
             x_ND = _run(number < self.llm.recomputed_layers, self._decoder_block, block, x_ND, context)
         h_ND = self._norm(self.llm.norm, x_ND)
@@ -203,19 +204,19 @@ class PublishedLavin(Lavin):
             k_NHK, v_NHK = (x.repeat_interleave(attention.groups, dim=1) for x in (k_NHK, v_NHK))
         if rows.in_samples:
             shape = (rows.batch, 1 + rows.length)
-            q_BTHK = rotate(q_NHK.unflatten(0, shape), rows.turns)
-            k_BTHK, v_BTHK = rotate(k_NHK.unflatten(0, shape), rows.turns), v_NHK.unflatten(0, shape)
+            q_BTHK = rotate(q_NHK.unflatten(0, shape), rows.rotations)
+            k_BTHK, v_BTHK = rotate(k_NHK.unflatten(0, shape), rows.rotations), v_NHK.unflatten(0, shape)
             if self.options.eager_attention:
                 mask_TT = _causal_mask(1 + rows.length, q_BTHK)
-                mask_TT[1:, 0] = float("-inf")  # t_m is seen by itself alone
+                mask_TT[1:, 0] = float("-inf")  # only t_m attends to t_m
                 attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, mask_TT)
             else:
-                # t_m attends to itself alone, and no token attends to it: its attention is its own value.
+                # t_m attends only to itself, and no token attends to it. So its attention output is its own value.
                 others = _causal_attention(q_BTHK[:, 1:], k_BTHK[:, 1:], v_BTHK[:, 1:])
                 attended = torch.cat([v_BTHK[:, :1], others], dim=1)
             return attention.wo(attended.flatten(2).flatten(0, 1))
         M, shape = rows.modalities, (rows.batch, rows.length)
-        q_BTHK, k_BTHK = (rotate(x[M:].unflatten(0, shape), rows.turns) for x in (q_NHK, k_NHK))
+        q_BTHK, k_BTHK = (rotate(x[M:].unflatten(0, shape), rows.rotations) for x in (q_NHK, k_NHK))
         v_BTHK = v_NHK[M:].unflatten(0, shape)
         if self.options.eager_attention:
             attended = _eager_attention(q_BTHK, k_BTHK, v_BTHK, _causal_mask(rows.length, q_BTHK))
@@ -230,14 +231,14 @@ class PublishedLavin(Lavin):
 
 @dataclass(frozen=True)
 class _Rows:
-    """How the rows of x_ND are made up; see PublishedLavin._decoder."""
+    """The layout of the rows of x_ND; see PublishedLavin._decoder."""
 
     batch: int
     length: int  # of a sample, without its modality token
     modalities: int
     in_samples: bool
     owner_N: torch.Tensor
-    turns: torch.Tensor  # [positions, K/2] complex
+    rotations: torch.Tensor  # [positions, K/2] complex
 
 
 def _run(recomputed: bool, block, *arguments):
@@ -258,14 +259,14 @@ def _padded(batch: Batch, length: int) -> Batch:
 
 
 def _route(adapter: MMAdapter, token_MD: torch.Tensor) -> torch.Tensor:
-    """Routing weights [M, E] in the tokens' dtype; the softmax alone is in fp32."""
+    """Routing weights [M, E] in the tokens' dtype. Only the softmax is in fp32."""
     dtype = token_MD.dtype
     scores_ME = F.linear(token_MD, adapter.router_weight.to(dtype), adapter.router_bias.to(dtype))
     return torch.softmax(scores_ME.float() / adapter.config.temperature, dim=-1).to(dtype)
 
 
 def _separate_paths(adapter: MMAdapter, z_ND: torch.Tensor, w_NE: torch.Tensor) -> torch.Tensor:
-    """z + s * (w_0 f_1(z) + w_1 f_2(z)), every product a convolution of width 1 over rows."""
+    """z + s * (w_0 f_1(z) + w_1 f_2(z)). Every product is a convolution of width 1 over rows."""
     dtype, config = z_ND.dtype, adapter.config
 
     def convolve(x_1RN, weight, bias, groups=1):
@@ -280,7 +281,7 @@ def _separate_paths(adapter: MMAdapter, z_ND: torch.Tensor, w_NE: torch.Tensor) 
 
 
 def _causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
-    """[T, T] to add to scores."""
+    """A mask [T, T] to add to attention scores."""
     return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 

@@ -1,4 +1,4 @@
-"""The part of the HTML report on the authors' step: a table and a picture of what each saving takes off."""
+"""The HTML report's section on the authors' step: a table and a picture of what each saving removes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lavin_ds.profiling.published.savings import AsPublished
 
 def html_section(published: AsPublished, name: str) -> str:
     title = f"{name}: from the authors' way to ours"
-    drawn = picture("what each saving takes off", lambda to: plot_savings(published, title, to))
+    drawn = picture("memory after each saving", lambda to: plot_savings(published, title, to))
     return "\n".join(["<h2>Against the authors' way</h2>", _stages(published), drawn])
 
 
@@ -33,12 +33,12 @@ def _stages(published: AsPublished) -> str:
         )
         for stage in published.stages
     ]
-    headings = ["Each keeps those above it", "full micro-batch, GB", "average micro-batch, GB", "its TFLOP"]
+    headings = ["Savings, one added at a time", "full micro-batch, GB", "average micro-batch, GB", "average, TFLOP"]
     return table("Tensors at the peak of a step, simulated", headings, rows)
 
 
 def plot_savings(published: AsPublished, title: str, to: Path | BinaryIO) -> None:
-    """The peak after each saving, for a full and for an average micro-batch."""
+    """A bar chart of the peak after each saving, for a full and for an average micro-batch."""
     stages = published.stages
     unit, size = unit_of(stages[0].full_bytes)
     figure = Figure(figsize=(8.5, 3.8), layout="constrained")
@@ -56,7 +56,7 @@ def plot_savings(published: AsPublished, title: str, to: Path | BinaryIO) -> Non
     axes.set_yticks(rows, [stage.name for stage in stages])
     axes.invert_yaxis()
     axes.set_xlim(0, max(s.full_bytes for s in stages) / size * 1.18)
-    axes.set_xlabel(f"{unit} on one GPU at the peak, tensors alone (simulated)")
+    axes.set_xlabel(f"{unit} on one GPU at the peak, tensors only (simulated)")
     axes.set_title(title, loc="left")
     figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(to, dpi=150)

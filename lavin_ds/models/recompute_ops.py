@@ -1,8 +1,8 @@
 """RMSNorm, SwiGLU and QuickGELU that keep less for the backward pass than autograd would.
 
-Their arithmetic is memory-bound, so what can be had again from one kept tensor is not kept beside it. Of a LLaMA layer
-in bf16 that is the fp32 copy of both norms' inputs and silu's output: 27% of its activations (docs/speed.md).
-Forward gives the same numbers as the plain formulas, to the bit.
+Each keeps its inputs and recomputes the intermediate tensors in the backward pass. The recomputation is cheap, because
+these operators are memory-bound. In a bf16 LLaMA layer this saves the fp32 copies of both norms' inputs and the output
+of silu: 27% of the layer's activations (docs/speed.md). The forward pass gives the same bits as the plain formulas.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-QUICK = 1.702  # QuickGELU's constant
+QUICK = 1.702  # the constant of QuickGELU
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -20,7 +20,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)  # x as it came, not its fp32 copy
+        ctx.save_for_backward(x, weight, scale)  # x in its own dtype, not its fp32 copy
         return (x32 * scale).to(x.dtype) * weight
 
     @staticmethod
@@ -70,7 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of two tensors of one shape."""
+    """silu(gate) * up; both tensors have the same shape."""
     return _SwiGLU.apply(gate, up)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lavin_ds.training.scale import PATIENCE, START, LossScale
+from lavin_ds.training.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 
 
 def test_gradients_arrive_unscaled_where_they_would_have_vanished():
@@ -15,7 +15,7 @@ def test_gradients_arrive_unscaled_where_they_would_have_vanished():
 
     def gradient(factor: float) -> torch.Tensor:
         weight.grad = None
-        through_fp16 = (weight.half() * 1).float()  # the way back rounds to fp16
+        through_fp16 = (weight.half() * 1).float()  # backward rounds the gradient to fp16
         ((through_fp16 * tiny).sum() * factor).backward()
         return weight.grad
 
@@ -23,13 +23,13 @@ def test_gradients_arrive_unscaled_where_they_would_have_vanished():
     assert not gradient(1.0).any()
 
 
-def test_the_scale_halves_on_overflow_and_doubles_after_patience():
+def test_the_scale_halves_on_overflow_and_doubles_after_the_growth_interval():
     scale = LossScale([])
     scale.update(overflowed=True)
-    assert (scale.factor, scale.age) == (START / 2, 0)
-    for _ in range(PATIENCE):
+    assert (scale.factor, scale.age) == (INITIAL_SCALE / 2, 0)
+    for _ in range(GROWTH_INTERVAL):
         scale.update(overflowed=False)
-    assert (scale.factor, scale.age) == (START, 0)
+    assert (scale.factor, scale.age) == (INITIAL_SCALE, 0)
     for _ in range(40):
         scale.update(overflowed=True)
     assert scale.factor == 1
