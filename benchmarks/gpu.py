@@ -7,7 +7,8 @@
 Each section compares with a named baseline in the same run:
 
     numerics    loss and gradients in bf16 against fp32, with the same weights
-    attention   which SDPA kernels run on packed and on padded rows, and the step time of each
+    attention   packed rows in one attention call, in a loop over samples, and padded rows: kernels, step time,
+                gradients; then reading from a cache in one call and in a loop
     speed       tokens per second of our step and of the authors'; share of the peak rate against the prediction
     decoding    the generation engine against transformers' generate
     memory      measured peak against the simulated one, for eight settings, one of them the authors' step
@@ -32,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 from harness import environment, interleaved
 
@@ -50,6 +52,7 @@ from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.devices import find_device
 from lavin_ds.generation.engine import Engine
 from lavin_ds.generation.request import Request
+from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.lavin import Lavin
 from lavin_ds.models.meta import build_on_meta
 from lavin_ds.profiling.calibration import roofline_seconds
@@ -163,7 +166,7 @@ def numerics() -> Results:
     whole.load_state_dict(state)
     loss["fp32"] = backward(whole, batches)
     gradients["fp32"] = _gradients(whole)
-    off = float((gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm())
+    off = _off(gradients["bf16"], gradients["fp32"])
     cosine = float(torch.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0))
     loss_off = abs(loss["bf16"] / loss["fp32"] - 1)
     yield {
@@ -181,11 +184,14 @@ def _gradients(model: Lavin) -> torch.Tensor:
 
 
 def attention() -> Results:
-    """Kernels and time of a step with packed rows, compared with padded rows, at 7B's width with 8 layers."""
+    """One attention call for all sequences against a loop over them: a training step at 7B and 8 layers, with padded
+    rows as the baseline, then reading from a cache."""
     config = recipe("7b", "model.llm.n_layers=8")
     model = drawn(config)
+    packed = micro_batches(config.model, 8, packing=True)
     steps = {
-        "packed": Step(model, micro_batches(config.model, 8, packing=True)),
+        "packed": Step(model, packed),
+        "packed, loop": in_a_loop(Step(model, packed)),
         "padded": Step(model, micro_batches(config.model, 8, packing=False)),
     }
     kernels = {}
@@ -197,12 +203,69 @@ def attention() -> Results:
         named = {event.key for event in profiler.key_averages() if re.search("attention|attn", event.key)}
         kernels[name] = sorted(named - {"aten::scaled_dot_product_attention"})  # it only chooses one of the others
     seconds = {name: min(all) for name, all in interleaved(steps, 5 if CUDA else 1).items()}
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        backward(model.eval(), packed)
+        return _gradients(model)
+
+    off = _off(gradients(), in_a_loop(gradients)())
+    fused = all(found and not any("math" in kernel for kernel in found) for found in kernels.values())
+    one_call = any("varlen_attn" in kernel for kernel in kernels["packed"])
     yield {
         "kernels": kernels,
         "seconds": seconds,
         "packed_times_as_fast": seconds["padded"] / seconds["packed"],
-        "ok": all(found and not any("math" in kernel for kernel in found) for found in kernels.values()),
+        "one_call_times_as_fast_as_loop": seconds["packed, loop"] / seconds["packed"],
+        "gradients_off": off,
+        "ok": fused and off <= BF16_GRADIENT and one_call == CUDA,
     }
+    yield _cached_attention(config)
+
+
+def _cached_attention(config: RunConfig) -> dict:
+    """A layer's attention for 16 sequences: one token each, and with the prompts of 4 others."""
+    slots, held, prompt = 16, LENGTH // 2, LENGTH // 4
+    llm = config.model.llm.model_copy(update={"n_layers": 1})
+    cache = KVCache(llm, slots + 4, LENGTH, torch.bfloat16, DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_(generator=generator)
+    cache.lengths = [held - slot for slot in range(slots)] + [0] * 4
+    result, ok = {}, True
+    for name, lengths in {"tokens": [1] * slots, "tokens and prompts": [1] * slots + [prompt] * 4}.items():
+        reads = Reads(cache, range(len(lengths)), lengths)
+        q_NHK, k_NGK, v_NGK = (
+            torch.randn(sum(lengths), heads, llm.head_dim, generator=generator, device=DEVICE).bfloat16()
+            for heads in (llm.n_heads, llm.kv_heads, llm.kv_heads)
+        )
+
+        def attend(reads=reads, qkv=(q_NHK, k_NGK, v_NGK)) -> torch.Tensor:
+            for _ in range(20):
+                attended_NHK = reads.attend(0, *qkv)
+            wait()
+            return attended_NHK
+
+        ways = {"one call": attend, "loop": in_a_loop(attend)}
+        off = _off(*(way() for way in ways.values()))
+        seconds = {way: min(all) / 20 for way, all in interleaved(ways, 5 if CUDA else 1).items()}
+        result[name] = {"seconds": seconds, "off": off}
+        ok &= off <= BF16_LOSS
+    return {"cached": result, "ok": ok}
+
+
+def in_a_loop(work: Callable) -> Callable:
+    """The work with a loop over sequences where their attention would be one call."""
+
+    def looped(*args):
+        with patch("lavin_ds.models.attention.takes_one_call", lambda q_NHK: False):
+            return work(*args)
+
+    return looped
+
+
+def _off(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).double().norm() / want.double().norm())
 
 
 def speed() -> Results:

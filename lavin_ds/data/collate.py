@@ -44,6 +44,8 @@ class Batch:
     first_B: torch.Tensor = field(init=False)
     sample_N: torch.Tensor = field(init=False)
     place_N: torch.Tensor = field(init=False)
+    # The start of each packed sample, and the end of the last one, int32 [B + 1]; None: padded.
+    cu_seqlens: torch.Tensor | None = field(init=False)
     # The I samples that have an image: their indices, and the first visual token of each among the B * T.
     illustrated_I: torch.Tensor = field(init=False)
     visual_I: torch.Tensor = field(init=False)
@@ -56,9 +58,11 @@ class Batch:
         if self.packed:
             first_B = self.lengths_B.cumsum(0) - self.lengths_B
             sample_N = torch.arange(B, device=device).repeat_interleave(self.lengths_B, output_size=T)
+            cu_seqlens = torch.nn.functional.pad(self.lengths_B.cumsum(0), (1, 0)).int()
         else:
             first_B = torch.arange(B, device=device) * T
             sample_N = torch.arange(B, device=device).repeat_interleave(T)
+            cu_seqlens = None
         illustrated_I = (self.image_B >= 0).nonzero().flatten()
         # Position i - 1 predicts token i. A sample's first token has no label, so no sample predicts another's.
         row_L, before_L = (self.labels_BT[:, 1:] != IGNORE).nonzero().unbind(1)
@@ -66,6 +70,7 @@ class Batch:
             "first_B": first_B,
             "sample_N": sample_N,
             "place_N": torch.arange(len(sample_N), device=device) - first_B[sample_N],
+            "cu_seqlens": cu_seqlens,
             "illustrated_I": illustrated_I,
             "visual_I": first_B[illustrated_I] + (self.visual_start or 0),
             "predicting_L": row_L * T + before_L,

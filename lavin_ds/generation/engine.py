@@ -197,7 +197,7 @@ class Engine:
         return best, shared
 
     def _due(self) -> list[tuple[_Sequence, int]]:
-        """The tokens that this step reads: each running sequence, with the number of its tokens."""
+        """The tokens that this step reads: each running sequence, with the number of its tokens, by slot."""
         due, budget = [], READ_AT_ONCE
         for sequence in self.running.values():
             unread = len(sequence.ids) - self.cache.lengths[sequence.slot]
@@ -206,7 +206,7 @@ class Engine:
                 budget -= unread
             if unread:
                 due.append((sequence, unread))
-        return due
+        return sorted(due, key=lambda read: read[0].slot)
 
     def _read(self, due: Sequence[tuple[_Sequence, int]]) -> tuple[torch.Tensor, Reads]:
         """Runs the model: hidden states [N, D] of all tokens that are due."""

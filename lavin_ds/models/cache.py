@@ -1,7 +1,7 @@
-"""The key/value cache for generation, and attention over it.
+"""The key/value cache for generation.
 
-Dimensions: N tokens of all sequences that one pass reads, T tokens of one sequence, H query heads, G key/value heads,
-K head width, S tokens that the slot of a sequence holds.
+Dimensions: N tokens of all B sequences that one pass reads, H query heads, G key/value heads, K head width, S slots,
+C tokens that a slot has room for.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lavin_ds.config import LlamaConfig
+from lavin_ds.models.attention import cached_attention
 from lavin_ds.parallel import tensor_parallel_size
 
 
@@ -25,7 +25,8 @@ class KVCache:
     def __init__(self, config: LlamaConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.slots, self.capacity = slots, capacity
         self.lengths = [0] * slots  # tokens that each slot holds
-        shape = (slots, config.kv_heads // tensor_parallel_size(), capacity, config.head_dim)
+        # [G, S, C, K] per layer: the slots of a head are contiguous, so a GPU reads all slots as one row of keys.
+        shape = (config.kv_heads // tensor_parallel_size(), slots, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
 
@@ -38,7 +39,7 @@ class KVCache:
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` tokens of slot `source` to slot `target`."""
         for tensor in (*self.keys, *self.values):
-            tensor[target, :, :tokens] = tensor[source, :, :tokens]
+            tensor[:, target, :tokens] = tensor[:, source, :tokens]
         self.lengths[target] = tokens
 
 
@@ -49,52 +50,32 @@ class Reads:
     """
 
     def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
-        """Each slot may appear only once, and must have room for its new tokens."""
+        """The slots must be in ascending order, each once, with room for its new tokens."""
         self.cache, self.slots, self.lengths = cache, tuple(slots), tuple(lengths)
         self.held = tuple(cache.lengths[slot] for slot in slots)
+        self.totals = tuple(h + n for h, n in zip(self.held, self.lengths, strict=True))  # with the new tokens
         slot_N, sequence_N = np.repeat([self.slots, range(len(self.slots))], self.lengths, axis=1)
         index_N = np.concatenate([np.arange(h, h + n) for h, n in zip(self.held, self.lengths, strict=True)])
         device = cache.keys[0].device
         # For each token: its slot, its position in the slot, and the index of its sequence in `slots`.
         stacked = torch.from_numpy(np.stack([slot_N, index_N, sequence_N]))
         self.slot_N, self.index_N, self.sequence_N = stacked.to(device, non_blocking=True)
+        # For varlen_attn: where each sequence's queries begin, and where its slot begins in the row of all slots.
+        bounds = np.zeros((3, len(self.slots) + 1), dtype=np.int32)
+        bounds[0, 1:] = np.cumsum(self.lengths)
+        bounds[1] = cache.capacity * np.array([*self.slots, cache.slots])
+        bounds[2, :-1] = self.totals
+        self.cu_seqlens_q, self.cu_seqlens_k, totals = torch.from_numpy(bounds).to(device, non_blocking=True)
+        self.totals_B = totals[:-1]
 
     def attend(self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
-        """Appends a layer's keys and values, and returns the causal attention of each token to its sequence: [N, H, K].
-
-        There is one attention call per sequence, over the tokens that its slot holds.
-        """
+        """Appends a layer's keys and values; returns the causal attention of each token to its sequence, [N, H, K]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slot_N, :, self.index_N] = k_NGK
-        values[self.slot_N, :, self.index_N] = v_NGK
-        attended = []
-        for slot, held, q_THK in zip(self.slots, self.held, q_NHK.split(self.lengths), strict=True):
-            total = held + len(q_THK)
-            attended.append(_attend(q_THK, keys[slot, :, :total], values[slot, :, :total]))
-        return torch.cat(attended)
+        keys[:, self.slot_N, self.index_N] = k_NGK.transpose(0, 1)
+        values[:, self.slot_N, self.index_N] = v_NGK.transpose(0, 1)
+        return cached_attention(q_NHK, keys, values, self)
 
     def end(self) -> None:
         """Adds the new tokens to the slots' lengths. Call it after the last layer."""
-        for slot, held, length in zip(self.slots, self.held, self.lengths, strict=True):
-            self.cache.lengths[slot] = held + length
-
-
-def _attend(q_THK: torch.Tensor, k_GSK: torch.Tensor, v_GSK: torch.Tensor) -> torch.Tensor:
-    """Attention of the last T tokens of a sequence of S: query t sees the first S - T + t + 1 tokens."""
-    T, H, K = q_THK.shape
-    G, S, _ = k_GSK.shape
-    if T == 1:
-        # The H / G query heads that share a key head become the query rows of that head.
-        out = F.scaled_dot_product_attention(q_THK.view(1, G, H // G, K), k_GSK[None], v_GSK[None])
-        return out.view(1, H, K)
-    # is_causal aligns the first query with the first key, which is right only if T == S.
-    mask_TS = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q_THK.device).tril(S - T)
-    out = F.scaled_dot_product_attention(
-        q_THK.transpose(0, 1)[None],
-        k_GSK[None],
-        v_GSK[None],
-        attn_mask=mask_TS,
-        is_causal=T == S,
-        enable_gqa=H != G,
-    )
-    return out[0].transpose(0, 1)
+        for slot, total in zip(self.slots, self.totals, strict=True):
+            self.cache.lengths[slot] = total

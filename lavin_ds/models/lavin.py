@@ -106,7 +106,7 @@ class Lavin(nn.Module):
         """Hidden states [B, T, D] before the output projection."""
         x_BTD, modality_B = self.embed(batch)
         if batch.packed:
-            how = {"packed": batch.packed, "sample_N": batch.sample_N, "place_N": batch.place_N}
+            how = {name: getattr(batch, name) for name in ("packed", "sample_N", "place_N", "cu_seqlens")}
             return self._through_llm(x_BTD, modality_B, positions=positions, **how)
         return self._through_llm(x_BTD, modality_B, positions=positions)
 

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavin_ds.config import AdapterConfig, LlamaConfig, RopeScaling
 from lavin_ds.models.adapters.base import build_adapters
+from lavin_ds.models.attention import packed_attention
 from lavin_ds.models.cache import Reads
 from lavin_ds.models.linear import STORAGES, FrozenColumnLinear, FrozenRowLinear, Storage, leave_uninitialised
 from lavin_ds.models.recompute_ops import rms_norm, swiglu
@@ -57,6 +58,7 @@ class Rows:
     batch: int  # B
     length: int  # T
     packed: tuple[int, ...] | None  # lengths of the samples packed into one row (B = 1); None if they are padded
+    cu_seqlens: torch.Tensor | None  # the start of each packed sample; see packed_attention
     owner_N: torch.Tensor | None  # each row's routing token, an index into the first M rows; None if M is 0
     reads: Reads | None = None  # where a cache holds the start of the sequences; None in training
 
@@ -98,16 +100,6 @@ def rotate(x_BTHK: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * rotations.unsqueeze(-2)).flatten(-2).to(x_BTHK.dtype)
 
 
-def packed_attention(q_BHTK, k_BGTK, v_BGTK, lengths: tuple[int, ...], **how) -> torch.Tensor:
-    """Causal attention within each of several samples that lie end to end along T.
-
-    There is one attention call per sample. Each call is plainly causal, so every SDPA kernel does it without a mask,
-    and no work or memory is spent on tokens of different samples.
-    """
-    samples = zip(*(x.split(lengths, dim=2) for x in (q_BHTK, k_BGTK, v_BGTK)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, **how) for qkv in samples], dim=2)
-
-
 def _split(x_NGK: torch.Tensor, modalities: int, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The modality tokens' rows [M, G, K], and the samples' [B, T, G, K]."""
     own_MGK, others = x_NGK.split([modalities, len(x_NGK) - modalities])
@@ -140,23 +132,21 @@ class Attention(nn.Module):
 
         if rows.reads:
             attended_NHK = rows.reads.attend(layer, q_BTHK[0], k_BTGK[0], v_BTGK[0])
+        elif rows.packed:
+            # Flattened, not q_BTHK[0]: the backward pass of an index fills a tensor with zeros first.
+            qkv = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+            attended_NHK = packed_attention(*qkv, rows.packed, rows.cu_seqlens)
         else:
-            attended_NHK = self._attend(q_BTHK, k_BTGK, v_BTGK, rows.packed).flatten(0, 1)
+            # Samples are padded on the right, so with causal attention no token sees padding.
+            qkv = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+            attended_BHTK = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=self.groups > 1)
+            attended_NHK = attended_BHTK.transpose(1, 2).flatten(0, 1)
         attended = attended_NHK.flatten(1)
         if M:
             # A modality token attends only to itself, so its attention output is its own value.
             own = own_MGK.repeat_interleave(self.groups, dim=1).flatten(1)
             attended = torch.cat([own, attended])
         return self.wo(attended)
-
-    def _attend(self, q_BTHK, k_BTGK, v_BTGK, packed: tuple[int, ...] | None):
-        """Causal attention within each sample, [B, T, H, K]."""
-        qkv = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        grouped = self.groups > 1
-        if packed:
-            return packed_attention(*qkv, packed, enable_gqa=grouped).transpose(1, 2)
-        # Samples are padded on the right, so with causal attention no token sees padding.
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -301,6 +291,7 @@ class Llama(nn.Module):
         packed: tuple[int, ...] | None = None,
         sample_N: torch.Tensor | None = None,
         place_N: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         reads: Reads | None = None,
     ) -> torch.Tensor:
         """From embedded tokens to normed hidden states, both [B, T, D].
@@ -308,7 +299,8 @@ class Llama(nn.Module):
         modality_MD, modality_B: the modality tokens, and the index of each sample's token; both None if there are none.
         positions: [T] or [B, T]. By default each sample counts from 0, or from 1 after a modality token at 0.
         packed: lengths of the samples that are packed into one row (B = 1). modality_B then has an entry per sample;
-        sample_N and place_N are each token's sample and its position in it.
+        sample_N and place_N are each token's sample and its position in it, and cu_seqlens the start of each sample
+        (see packed_attention).
         reads: where a cache holds the start of the sequences; the tokens are appended to the cache.
         """
         B, T, D = x_BTD.shape
@@ -325,7 +317,7 @@ class Llama(nn.Module):
             itself_M = torch.arange(M, device=x_ND.device)
             of_samples_N = modality_B.repeat_interleave(T) if sample_N is None else modality_B[sample_N]
             owner_N = torch.cat([itself_M, of_samples_N])
-        rows = Rows(M, B, T, packed, owner_N, reads)
+        rows = Rows(M, B, T, packed, cu_seqlens, owner_N, reads)
         for index, block in enumerate(self.layers):
             if index < self.recomputed_layers and torch.is_grad_enabled():
                 x_ND = checkpoint(block, x_ND, rows, rotations, use_reentrant=False)

@@ -93,7 +93,7 @@ def write_to_monitors(
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """Peak bytes so far: of the largest resident set of a rank, of all ranks together, and of the fullest device.
+    """Peak bytes so far: the largest resident set of a rank, the sum over all ranks, and the largest use of a device.
 
     Every rank must call it.
     """

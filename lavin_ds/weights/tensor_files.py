@@ -139,7 +139,7 @@ def _stand_in(path: Path) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file: fetch the file with `git lfs pull`, or download it by hand."
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page, not the file: download it again from the link behind it."
+        return "is a web page, not the file: follow the page's download link."
     if start.startswith(b"PK\x03\x04"):
         return "is cut short: download it again."
     if start.startswith(b"\x80"):

@@ -83,6 +83,7 @@ def test_packed_samples_lie_end_to_end():
     for ours, theirs in ((packed.ids_BT, padded.ids_BT), (packed.labels_BT, padded.labels_BT)):
         assert ours[0].tolist() == [token for row, n in zip(theirs, (9, 8, 10), strict=True) for token in row[:n]]
     assert packed.first_B.tolist() == [0, 9, 17] and padded.first_B.tolist() == [0, 10, 20]
+    assert packed.cu_seqlens.tolist() == [0, 9, 17, 27] and padded.cu_seqlens is None
     assert packed.image_B.tolist() == padded.image_B.tolist()
 
 
