@@ -175,7 +175,7 @@ def test_an_answer_ends_where_its_slot_is_full(model):
 
 def test_a_prompt_without_room_for_an_answer_is_refused_by_name(model):
     engine = Engine(model, Letters(), slots=1, capacity=40)
-    with pytest.raises(UserError, match=r"Request long has 4\d tokens .* room for 40"):
+    with pytest.raises(UserError, match=r"Request long has a prompt of 4\d tokens.* room for only 40"):
         engine.submit(Request("long", np.arange(9, 45), max_new_tokens=1))
     assert not engine.busy
 
