@@ -140,8 +140,8 @@ FAULTS = {
     "missing": "train 11: image .*images/train/11/image.png is missing",
     "truncated": "train 11: image .*image.png cannot be decoded",
     "bomb": "train 11: image .*image.png (is a decompression bomb|has 20000 x 20000)",
-    "path in image": "train 11: image '../../../../etc/passwd' would leave",
-    "path in split": "train 11: split '../../../../etc/passwd' would leave",
+    "path in image": "train 11: image '../../../../etc/passwd' is not a plain relative path",
+    "path in split": "train 11: split '../../../../etc/passwd' is not a plain relative path",
 }
 
 

@@ -167,11 +167,11 @@ def test_json_alone_is_on_stdout(pipeline, base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": None}, "Give --run RUN, or --llama and --data"),
+        ({"run": None}, "Give --run RUN; or --data with the questions"),
         ({"recipe": "lavin-7b"}, "--run has its own recipe"),
         ({"split": "val"}, "has no split 'val': it has test"),
         ({"run": "nowhere"}, "nowhere is not a run directory"),
-        ({"out": "no/such/folder/x.json"}, "no/such/folder/x.json lies in a folder that does not exist"),
+        ({"out": "no/such/folder/x.json"}, "no/such/folder/x.json is in a folder that does not exist"),
         ({"out": "."}, "--out . is a folder"),
         ({"data": "nowhere"}, "nowhere/manifest.json"),
     ],

@@ -67,7 +67,7 @@ def plain_block(block, x_ND, rows, turns, power):
 def test_a_toy_adapter_at_any_point_trains_by_its_own_formula(toy, points):
     ours, plain = model_with(*points, power=3), model_with(*points, power=3)
     for block in plain.llm.layers:
-        block.forward = lambda x_ND, rows, turns, cache, layer, block=block: plain_block(block, x_ND, rows, turns, 3)
+        block.forward = lambda x_ND, rows, rotations, layer, block=block: plain_block(block, x_ND, rows, rotations, 3)
     losses = []
     for model in (ours, plain):
         optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
