@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -216,5 +217,7 @@ def test_a_file_system_that_is_full_is_one_sentence(command, tmp_path):
     full = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *words], capture_output=True, text=True)
     assert full.returncode != 0 and "No space left on device" in full.stderr
     assert "Free space" in full.stderr
-    assert "images-00000.arrow" in full.stdout and "\n.train" not in full.stdout and "\nshards" not in full.stdout
+    # Whole files stay, to go on with; which ones depends on the worker that filled the disk.
+    assert re.search(r"\nimages-\d+\.arrow\n", full.stdout)
+    assert "\n.train" not in full.stdout and "\nshards" not in full.stdout
     assert os.listdir(disk) == []
