@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,8 +82,3 @@ class Answer:
     text: str = ""
     log_likelihoods: tuple[float, ...] = ()
     ending: Literal["done", "cut", "no_room"] = "done"
-
-
-def random_of(seed: int, purpose: str, request_id: str) -> np.random.Generator:
-    """The random stream of one request. It does not depend on the order of requests or on the batch."""
-    return np.random.default_rng([seed, zlib.crc32(f"{purpose} {request_id}".encode())])

@@ -22,8 +22,8 @@ import torch
 from lavin_ds.data.layout import Frame
 from lavin_ds.data.tokenizer import Tokenizer
 from lavin_ds.errors import UserError
-from lavin_ds.generation.request import Answer, Finish, Logprob, Request
-from lavin_ds.generation.sampling import choose, random_stream
+from lavin_ds.generation.request import Answer, Finish, Logprob, Request, random_stream
+from lavin_ds.generation.sampling import choose
 from lavin_ds.generation.text import AnswerText
 from lavin_ds.models.cache import KVCache, Reads
 from lavin_ds.models.lavin import Lavin

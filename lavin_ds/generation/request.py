@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,11 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def random_stream(seed: int, request_id: str) -> np.random.Generator:
+    """The random numbers of one request. They do not depend on the batch."""
+    return np.random.default_rng([seed, zlib.crc32(request_id.encode())])
 
 
 @dataclass(frozen=True)

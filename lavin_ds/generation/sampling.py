@@ -5,18 +5,11 @@ Dimensions: B requests, V vocabulary.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from lavin_ds.generation.request import Sampling
-
-
-def random_stream(seed: int, request_id: str) -> np.random.Generator:
-    """The random numbers of one request. They do not depend on the batch."""
-    return np.random.default_rng([seed, zlib.crc32(request_id.encode())])
 
 
 def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], uniform: Sequence[float]) -> torch.Tensor:

@@ -23,8 +23,9 @@ from pathlib import Path
 from lavin_ds.data.schema import check_manifest, manifest_sha256
 from lavin_ds.data.shards import Row, ShardReader
 from lavin_ds.errors import UserError
-from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet, random_of
+from lavin_ds.evaluation.requests import Answer, Generation, Request, RequestSet
 from lavin_ds.evaluation.tasks.task import Accuracy, Prediction, Result, Task
+from lavin_ds.generation.request import random_stream
 from lavin_ds.generation.subject import Subject
 
 LETTERS = string.ascii_uppercase
@@ -155,4 +156,4 @@ def _index(letter: str, n_choices: int) -> int | None:
 
 def guess(n_choices: int, seed: int, sample_id: str) -> int:
     """official: a random choice in place of an answer that could not be read."""
-    return int(random_of(seed, "guess", sample_id).integers(n_choices))
+    return int(random_stream(seed, f"guess {sample_id}").integers(n_choices))
