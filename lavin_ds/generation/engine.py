@@ -41,12 +41,17 @@ class _Sequence:
     answer: Answer
     ids: list[int]  # a visual token is a negative number, unique to its image and its place there
     prompt_length: int
-    has_image: bool  # decides the routing, and so every key and value
+    image_key: bytes | None  # its image's digest
     text: AnswerText
     stream: np.random.Generator
     slot: int = -1
     visual_PD: torch.Tensor | None = None
     scored: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def has_image(self) -> bool:
+        """Decides the routing, and so every key and value."""
+        return self.image_key is not None
 
     @property
     def scored_count(self) -> int:
@@ -107,9 +112,10 @@ class Engine:
         """
         has_image = request.image is not None and self.model.sees
         head = self.frame.head(has_image, self.model.visual_count)
+        image_key = _digest(request.image) if has_image else None
         if has_image:
             start, count = self.frame.visual_start(True, self.model.visual_count), self.model.visual_count
-            head[start : start + count] = _image_ids(request.image, count)
+            head[start : start + count] = _image_ids(image_key, count)
         scored = [] if request.scored_ids is None else list(map(int, request.scored_ids))
         own = [*map(int, request.prompt_ids), *scored]
         if any(not 0 <= id < self.model.config.llm.vocab_size for id in own):
@@ -123,7 +129,7 @@ class Engine:
         answer = Answer(request.id, prompt_tokens=len(ids))
         text = AnswerText(self.tokenizer, request.stop)
         stream = random_stream(request.sampling.seed, request.id)
-        self.waiting.append(_Sequence(request, answer, ids, len(ids), has_image, text, stream))
+        self.waiting.append(_Sequence(request, answer, ids, len(ids), image_key, text, stream))
         return answer
 
     def cancel(self, request_id: str) -> None:
@@ -326,16 +332,15 @@ class Engine:
         """Gives sequences their visual tokens [P, D]. An image whose visual tokens are kept is not encoded again."""
         new = {}
         for sequence in sequences:
-            key = _digest(sequence.request.image)
-            if key in self.images:
-                self.images.move_to_end(key)
+            if sequence.image_key in self.images:
+                self.images.move_to_end(sequence.image_key)
             else:
-                new.setdefault(key, sequence.request.image)
+                new.setdefault(sequence.image_key, sequence.request.image)
         if new:
             stack = torch.from_numpy(np.stack(list(new.values()))).to(self.weight.device)
             self.images.update(zip(new, self.model.visual_tokens(stack), strict=True))
         for sequence in sequences:
-            sequence.visual_PD = self.images[_digest(sequence.request.image)]
+            sequence.visual_PD = self.images[sequence.image_key]
         for key in list(islice(self.images, max(0, len(self.images) - IMAGES_KEPT))):
             del self.images[key]
 
@@ -344,9 +349,9 @@ def _digest(image: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
 
 
-def _image_ids(image: np.ndarray, count: int) -> list[int]:
+def _image_ids(image_key: bytes, count: int) -> list[int]:
     """Negative numbers that stand for an image's visual tokens. Different images have different numbers."""
-    number = int.from_bytes(_digest(image)[:7], "big")
+    number = int.from_bytes(image_key[:7], "big")
     return [-1 - number * count - p for p in range(count)]
 
 
